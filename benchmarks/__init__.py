@@ -1,0 +1,1 @@
+"""Measurements of metastore: see docs/performance.md, and ``python -m benchmarks -h``."""

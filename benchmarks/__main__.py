@@ -1,0 +1,211 @@
+"""The command: ``python -m benchmarks``, from the root of the repository."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks import machine, report
+from benchmarks.ancestor import Ancestor
+from benchmarks.cases import CASES, Case
+from benchmarks.measure import BenchmarkError
+from benchmarks.peers import find
+from benchmarks.settings import Settings
+
+_CASE_SECONDS_MAX = 4 * 3600
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measure metastore, its ancestor, its peers and the machine.",
+        epilog="Cases: "
+        + "; ".join(f"{case.name} {case.title}" for case in CASES.values()),
+    )
+    parser.add_argument("--only", metavar="R1,C2", help="run these cases only")
+    parser.add_argument("--repeat", type=int, default=5, help="rounds (default 5)")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="size of every case (default 1)"
+    )
+    parser.add_argument(
+        "--large", action="store_true", help="the cases of 100M records too"
+    )
+    parser.add_argument(
+        "--ancestor", metavar="BINARY", help="the ancestor, to measure it beside us"
+    )
+    parser.add_argument(
+        "--peers",
+        default="all",
+        help="all (default), installed, none, or modules: lmdb,duckdb",
+    )
+    parser.add_argument(
+        "--directory",
+        help="where the data goes, on a disk (default build/, in the repository)",
+    )
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="add the figures to this file, case by case; newer ones replace older",
+    )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="write docs/performance.md and its pictures from the figures",
+    )
+    return parser.parse_args(argv)
+
+
+def _chosen(arguments: argparse.Namespace) -> list[Case]:
+    if arguments.only is None:
+        return [case for case in CASES.values() if arguments.large or not case.large]
+    names = [name for name in arguments.only.split(",") if name]
+    unknown = [name for name in names if name not in CASES]
+    if unknown:
+        raise BenchmarkError(
+            f"unknown case {', '.join(unknown)}: there are {', '.join(CASES)}"
+        )
+    left_out = [name for name in names if CASES[name].large and not arguments.large]
+    if left_out:
+        raise BenchmarkError(f"{', '.join(left_out)} runs with --large only")
+    return [CASES[name] for name in names]
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # someone else's
+        return True
+    return True
+
+
+_PREFIX = "metastore-benchmarks-"
+
+
+@contextlib.contextmanager
+def _data_directory(parent: str) -> Iterator[str]:
+    """Make a directory for this run; remove it, and what killed runs have left."""
+    for name in os.listdir(parent):
+        pid = name.removeprefix(_PREFIX).partition("-")[0]
+        if name.startswith(_PREFIX) and pid.isdigit() and not _is_alive(int(pid)):
+            shutil.rmtree(os.path.join(parent, name), ignore_errors=True)
+    path = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _run_case(case: Case, settings: Settings) -> dict[str, Any]:
+    """Run one case in its own process, with its children in its group."""
+    fields = dataclasses.asdict(settings)
+    peers = fields.pop("peer_modules")
+    request = {"case": case.name, "settings": fields, "peer_modules": peers}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+    )
+    try:
+        output, _ = process.communicate(json.dumps(request), _CASE_SECONDS_MAX)
+    finally:
+        # whatever is left of it after an interrupt or a time-out
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if process.returncode:
+        return {"error": f"the case ended with exit code {process.returncode}"}
+    answer: dict[str, Any] = json.loads(output)
+    return answer
+
+
+def _say_plan(arguments: argparse.Namespace, missing: list[str]) -> None:
+    if missing:
+        print(f"not installed, left out: {', '.join(missing)}", file=sys.stderr)
+    if arguments.ancestor is None:
+        print("no --ancestor: its columns stay empty", file=sys.stderr)
+    load = machine.load_average()
+    if load > 0.5:
+        print(
+            f"the machine is busy (load {load:.1f}): these figures will be rough",
+            file=sys.stderr,
+        )
+
+
+def _measure(arguments: argparse.Namespace, figures: report.Figures) -> bool:
+    """Run the cases one after another; return whether all of them succeeded."""
+    cases = _chosen(arguments)
+    peers, missing = find(arguments.peers)
+    if arguments.ancestor:
+        Ancestor(arguments.ancestor)  # refuses what cannot be run
+    parent = os.path.abspath(arguments.directory or "build")
+    if arguments.directory is None:
+        os.makedirs(parent, exist_ok=True)
+    needed_size = sum(case.disk_size for case in cases) * arguments.scale
+    machine.check_directory(parent, round(needed_size))
+    _say_plan(arguments, missing)
+    succeeded = True
+    with _data_directory(parent) as directory:
+        settings = Settings(
+            directory=directory,
+            repeat=arguments.repeat,
+            scale=arguments.scale,
+            ancestor_binary=arguments.ancestor and os.path.abspath(arguments.ancestor),
+            peer_modules=tuple(peer.module for peer in peers),
+            large=arguments.large,
+        )
+        figures.begin(machine.describe(directory, peers), missing)
+        for case in cases:
+            load = machine.load_average()
+            result = {
+                **_run_case(case, settings),
+                "load_before": load,
+                "scale": settings.scale,
+                "repeat": settings.repeat,
+            }
+            figures.add(case.name, result)
+            print(report.as_text(case.name, result), flush=True)
+            succeeded = succeeded and "error" not in result
+    return succeeded
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt  # so that SIGTERM cleans up too
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; return its exit status."""
+    arguments = _arguments(argv)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if arguments.repeat < 1 or arguments.scale <= 0:
+            raise BenchmarkError("--repeat and --scale must be positive")
+        figures = report.Figures(arguments.json)
+        succeeded = _measure(arguments, figures)
+        if arguments.report:
+            report.write(figures.content)
+    except BenchmarkError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("benchmarks: interrupted; the data was removed", file=sys.stderr)
+        return 130
+    return 0 if succeeded else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,94 @@
+"""The Rust ancestor of metastore, as a command that prints JSON (not part of this
+repository; docs/performance.md says what it is).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from typing import Any
+
+from benchmarks.data import Arrays
+from benchmarks.measure import BenchmarkError
+
+__all__ = ["Ancestor"]
+
+
+class Ancestor:
+    """Runs the command; every method is one run.
+
+    Parameters
+    ----------
+    binary : str
+        Its path. Where a binary of the same name with ``-c8`` behind stands beside it,
+        that one, whose records are smaller, is taken for figures of memory.
+    """
+
+    def __init__(self, binary: str) -> None:
+        if not os.access(binary, os.X_OK):
+            raise BenchmarkError(f"the ancestor cannot be run: {binary}")
+        self._binary = binary
+        self._compact = f"{binary}-c8" if os.path.exists(f"{binary}-c8") else binary
+
+    def _run(self, *args: object, compact: bool = False) -> dict[str, Any]:
+        command = [self._compact if compact else self._binary, *map(str, args)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        lines = done.stdout.splitlines()
+        # its shutdown sometimes crashes: what it printed before counts
+        answers = [line for line in lines + done.stderr.splitlines() if line[:1] == "{"]
+        if not answers or "error" in json.loads(answers[0]):
+            raise BenchmarkError(f"the ancestor failed: {command}: {done.stderr}")
+        answer: dict[str, Any] = json.loads(answers[0])
+        return answer
+
+    def make_snapshot(self, path: str, n_records: int, user_data_size: int) -> None:
+        """Write records 0 to `n_records` as a snapshot."""
+        self._run("gen-snapshot", path, n_records, user_data_size, "rand")
+
+    def make_log(
+        self, path: str, n_records: int, batch_records: int, user_data_size: int
+    ) -> None:
+        """Write records 0 to `n_records` as a log of batches, above any snapshot."""
+        sizes = (n_records, batch_records, user_data_size)
+        self._run("gen-log", path, *sizes, "rand", "--lsn", 2)
+
+    def make_log_of(self, path: str, arrays: Arrays, batch_records: int) -> None:
+        """Write any records (without user data) as a log, above any snapshot."""
+        script = f"{path}.script"
+        keys, values = arrays.keys.tolist(), arrays.values.tolist()
+        with open(script, "w", encoding="ascii") as file:
+            for start in range(0, len(keys), batch_records):
+                stop = start + batch_records
+                pairs = zip(keys[start:stop], values[start:stop], strict=True)
+                lines = [f"put {k} {v} -" if v else f"del {k}" for k, v in pairs]
+                file.write("\n".join(lines) + "\ncommit\n")
+        self._run("script-log", path, 2, script)
+        os.unlink(script)
+
+    def make_snapshot_of(self, path: str, arrays: Arrays) -> None:
+        """Write any records as a snapshot."""
+        script = f"{path}.script"
+        with open(script, "w", encoding="ascii") as file:
+            for key, (value, user_data) in arrays.tuples():
+                file.write(f"put {key} {value} {user_data.hex() or '-'}\n")
+            file.write("commit\n")
+        self._run("script-snapshot", path, 1, script)
+        os.unlink(script)
+
+    def recover(self, path: str, *, for_memory: bool = False) -> dict[str, Any]:
+        """Recover a store: seconds, checksum, vmhwm_kb. It rewrites the directory."""
+        return self._run("recover", path, compact=for_memory)
+
+    def compact(self, path: str) -> float:
+        """Return the seconds of the steps that its compaction consists of."""
+        phases = self._run("phases", path)
+        steps = [name for name in phases if name.endswith("_s")]
+        return float(sum(phases[name] for name in steps))
+
+    def fill(
+        self, path: str, n_records: int, batch_records: int, n_threads: int
+    ) -> dict[str, Any]:
+        """Commit durable batches: batches_per_s, entries_per_s, lat_us."""
+        sizes = (n_records, batch_records, 8, 1)
+        return self._run("fill", path, *sizes, "rand", "--threads", n_threads)

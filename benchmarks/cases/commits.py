@@ -1,0 +1,421 @@
+"""C1 to C6: batches that are durable when the call returns."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from benchmarks import data, limits
+from benchmarks.cases.recovery import ANCESTOR
+from benchmarks.measure import alternate, isolated, linked, quantiles, unchanged
+from benchmarks.peers import Batch, Metastore, Peer
+from benchmarks.results import OURS, Row
+from benchmarks.settings import NO_ROTATION, Settings, insert_arrays
+
+__all__ = ["Load", "c1", "c2", "c3", "c4", "c5", "c6", "commit_rate"]
+
+BARE = "bare pwrite + fdatasync"
+#: Stored bytes of a batch of one record with 8 bytes of user data.
+_ONE_RECORD_FRAME_SIZE = 80
+#: Below this a distribution says nothing.
+_COMMITS_MIN = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What is committed: how many batches of how many records, by how many threads."""
+
+    n_batches: int
+    batch_records: int
+    n_threads: int
+    #: Stop early after so long; 0: never.
+    seconds_max: float = 0
+    #: Whether one more thread spins in pure Python.
+    spin: bool = False
+
+
+class _Spinner:
+    """A thread that never waits; how often it went round tells if it was stopped."""
+
+    def __init__(self, active: bool) -> None:
+        self.rounds = 0
+        self._stop = False
+        self._thread = threading.Thread(target=self._spin) if active else None
+
+    def _spin(self) -> None:
+        rounds = 0
+        while not self._stop:
+            rounds += 1
+        self.rounds = rounds
+
+    def __enter__(self) -> _Spinner:
+        if self._thread:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop = True
+        if self._thread:
+            self._thread.join()
+
+
+def _batches(load: Load) -> list[Batch]:
+    total = load.n_batches * load.batch_records
+    rows = data.records(0, total, 8).tuples()
+    return [
+        rows[start : start + load.batch_records]
+        for start in range(0, total, load.batch_records)
+    ]
+
+
+def commit_rate(side: type[Peer], path: str, load: Load) -> dict[str, Any]:
+    """Commit to a new store; called in a process of its own.
+
+    Returns
+    -------
+    dict
+        Commits per second, the distribution of latencies, how often the spinning
+        thread went round a second, and what the store counted.
+    """
+    batches = _batches(load)
+    store = side(path)
+    barrier = threading.Barrier(load.n_threads + 1)
+    latencies_ns: list[list[int]] = [[] for _ in range(load.n_threads)]
+
+    def work(number: int) -> None:
+        own = latencies_ns[number]
+        clock = time.perf_counter_ns
+        barrier.wait()
+        stop = clock() + int(load.seconds_max * 1e9) if load.seconds_max else 1 << 63
+        for batch in batches[number :: load.n_threads]:
+            started = clock()
+            if started > stop:
+                break
+            store.commit(batch)
+            own.append(clock() - started)
+        barrier.wait()
+
+    threads = [
+        threading.Thread(target=work, args=(number,))
+        for number in range(load.n_threads)
+    ]
+    for thread in threads:
+        thread.start()
+    with _Spinner(load.spin) as spinner:
+        barrier.wait()
+        started = time.perf_counter()
+        barrier.wait()
+        seconds = time.perf_counter() - started
+    for thread in threads:
+        thread.join()
+    found = list(itertools.chain(*latencies_ns))
+    store.close()
+    return {
+        "rate": len(found) / seconds,
+        "latencies": quantiles(found),
+        "spins": spinner.rounds / seconds,
+        "n_commits": len(found),
+    }
+
+
+def measured(
+    settings: Settings, side: type[Peer], load: Load, kept: dict[str, Any]
+) -> Callable[[], float]:
+    """Return a run of :func:`commit_rate`; `kept` gets the last result by side."""
+
+    def run(path: str) -> float:
+        kept[side.name] = isolated(commit_rate, side, path, load).result
+        return float(kept[side.name]["rate"])
+
+    return lambda: settings.with_scratch(run)
+
+
+def _bare(
+    settings: Settings, size: int, n_writes: int, per_write: int = 1
+) -> Callable[[], float]:
+    """Return a run of the bare loop, in commits per second."""
+
+    def run() -> float:
+        path = settings.scratch()
+        latencies_ns = isolated(limits.write_and_sync, path, size, n_writes).result
+        return float(per_write * len(latencies_ns) / (sum(latencies_ns) / 1e9))
+
+    return run
+
+
+def _ancestor(settings: Settings, load: Load, field: str) -> Callable[[], float]:
+    ancestor = settings.ancestor
+    assert ancestor is not None
+
+    def run(path: str) -> float:
+        n_records = load.n_batches * load.batch_records
+        found = ancestor.fill(path, n_records, load.batch_records, load.n_threads)
+        return float(found[field])
+
+    return lambda: settings.with_scratch(run)
+
+
+def c1(settings: Settings) -> list[Row]:
+    """Durable one-record commits, one thread."""
+    load = Load(settings.n(20_000), 1, 1)
+    kept: dict[str, Any] = {}
+    bare_ns: list[int] = []
+
+    def bare() -> float:
+        path = settings.scratch()
+        bare_ns[:] = isolated(
+            limits.write_and_sync, path, _ONE_RECORD_FRAME_SIZE, load.n_batches
+        ).result
+        return len(bare_ns) / (sum(bare_ns) / 1e9)
+
+    sides: dict[str, Callable[[], float | None]] = {
+        OURS: measured(settings, Metastore, load, kept),
+        BARE: bare,
+    }
+    if settings.ancestor:
+        sides[ANCESTOR] = _ancestor(settings, load, "batches_per_s")
+    samples = alternate(settings.repeat, sides)
+    row = Row(
+        "C1",
+        "durable commits of one record, 1 thread",
+        "/s",
+        samples,
+        extra={
+            "latencies": {OURS: kept[OURS]["latencies"], BARE: quantiles(bare_ns)}
+        },
+    )
+    return [row.times_better(ANCESTOR, 1.4).of_limit(BARE, 0.9)]
+
+
+def c2(settings: Settings) -> list[Row]:
+    """The same with 8 and with 64 threads."""
+    rows = []
+    for n_threads, factor in ((8, 4), (64, 8)):
+        load = Load(settings.n(20_000), 1, n_threads)
+        kept: dict[str, Any] = {}
+        limit = f"bare writes of {n_threads} frames"
+        size = _ONE_RECORD_FRAME_SIZE * n_threads
+        n_writes = max(10, load.n_batches // n_threads)
+        sides: dict[str, Callable[[], float | None]] = {
+            OURS: measured(settings, Metastore, load, kept),
+            limit: _bare(settings, size, n_writes, n_threads),
+        }
+        if settings.ancestor:
+            sides[ANCESTOR] = _ancestor(settings, load, "batches_per_s")
+        row = Row(
+            f"C2 {n_threads}",
+            f"durable commits of one record, {n_threads} threads",
+            "/s",
+            alternate(settings.repeat, sides),
+            extra={"latencies": {OURS: kept[OURS]["latencies"]}},
+        )
+        rows.append(row.times_better(ANCESTOR, factor).of_limit(limit, 0.5))
+    return rows
+
+
+def _unsynced(path: str, n_batches: int) -> float:
+    """Return the nanoseconds per record of batches that are written, not synced."""
+    from metastore import MetadataStore
+
+    batches = _batches(Load(n_batches, 1000, 1))
+    store, _ = MetadataStore.recover(path, log_size_bytes_min=NO_ROTATION)
+    started = time.perf_counter()
+    for batch in batches:
+        store.insert_batch(batch, sync=False)
+    seconds = time.perf_counter() - started
+    store.shutdown()
+    return seconds * 1e9 / (n_batches * 1000)
+
+
+def c3(settings: Settings) -> list[Row]:
+    """Batches of 1,000 tuples, one thread."""
+    load = Load(settings.n(1_000), 1000, 1)
+    kept: dict[str, Any] = {}
+    ours = measured(settings, Metastore, load, kept)
+    sides: dict[str, Callable[[], float | None]] = {OURS: lambda: ours() * 1000}
+    if settings.ancestor:
+        sides[ANCESTOR] = _ancestor(settings, load, "entries_per_s")
+    row = Row(
+        "C3",
+        "durable batches of 1,000 tuples, 1 thread: records a second",
+        "/s",
+        alternate(settings.repeat, sides),
+    )
+    limit = "60 ns"
+    unsynced = alternate(
+        settings.repeat,
+        {
+            OURS: lambda: settings.with_scratch(
+                lambda path: float(isolated(_unsynced, path, load.n_batches).result)
+            )
+        },
+    )
+    encode = Row(
+        "C3 encode",
+        "the same, not synced, per record (encode and write)",
+        "ns",
+        {**unsynced, limit: [60.0]},
+    )
+    return [row.times_better(ANCESTOR, 3), encode.of_limit(limit, 1)]
+
+
+def _insert_large(path: str, n_batches: int, batch_records: int) -> tuple[float, int]:
+    """Return records a second, and the stored bytes of a batch."""
+    from metastore import MetadataStore
+
+    store, _ = MetadataStore.recover(path, log_size_bytes_min=NO_ROTATION)
+    batches = list(data.chunks(n_batches * batch_records, batch_records, 8))
+    started = time.perf_counter()
+    for batch in batches:
+        insert_arrays(store, batch)
+    seconds = time.perf_counter() - started
+    stored = store.stats().log_size_bytes
+    store.shutdown()
+    return n_batches * batch_records / seconds, stored // n_batches
+
+
+def c4(settings: Settings) -> list[Row]:
+    """Batches of 100,000 as arrays, one thread."""
+    n_batches, batch_records = max(5, round(50 * settings.scale)), 100_000
+    sizes: list[int] = []
+
+    def ours(path: str) -> float:
+        rate, size = isolated(_insert_large, path, n_batches, batch_records).result
+        sizes.append(size)
+        return float(rate)
+
+    def bare() -> float | None:
+        if not sizes:  # its size is what we store
+            settings.with_scratch(ours)
+        run = _bare(settings, sizes[0], n_batches, batch_records)
+        return run()
+
+    samples = alternate(
+        settings.repeat, {OURS: lambda: settings.with_scratch(ours), BARE: bare}
+    )
+    row = Row(
+        "C4",
+        "durable batches of 100,000 records as arrays: records a second",
+        "/s",
+        samples,
+        extra={"batch_size": sizes[0]},
+    )
+    return [row.of_limit(BARE, 0.5)]
+
+
+def _latencies_of(
+    store: Any, numbers: itertools.count[int], go_on: Callable[[int], bool]
+) -> list[int]:
+    """Commit one record at a time; `go_on` is asked with how many there were."""
+    found = []
+    while go_on(len(found)):
+        key = next(numbers)
+        started = time.perf_counter_ns()
+        store.insert_batch([(key, (key + 1, b"8 bytes."))])
+        found.append(time.perf_counter_ns() - started)
+    return found
+
+
+def _commit_beside_compaction(
+    path: str, n_records: int, rounds: int
+) -> dict[str, list[list[int]]]:
+    """Return the latencies of commits, idle and while the store compacts."""
+    from metastore import MetadataStore
+
+    store, found = MetadataStore.recover(path, log_size_bytes_min=NO_ROTATION)
+    del found
+    numbers = itertools.count(1)
+    idle, busy = [], []
+    for number in range(rounds):
+        start = n_records + number * (n_records // 100)
+        insert_arrays(store, data.records(start, start + n_records // 100, 0))
+        thread = threading.Thread(target=store.compact)
+        thread.start()
+        busy.append(
+            _latencies_of(
+                store, numbers, lambda n: n < _COMMITS_MIN or thread.is_alive()
+            )
+        )
+        thread.join()
+        n_commits = len(busy[-1])
+        idle.append(_latencies_of(store, numbers, lambda n: n < n_commits))
+    store.shutdown()
+    return {"idle": idle, "busy": busy}
+
+
+def c5(settings: Settings) -> list[Row]:
+    """Latencies of C1 while 1% random keys are compacted into a 20M store."""
+    n_records = settings.n(20_000_000)
+    fixture = settings.snapshot(n_records, 0)
+
+    def run(path: str) -> dict[str, list[list[int]]]:
+        marks = linked(fixture, path)
+        found: dict[str, list[list[int]]] = isolated(
+            _commit_beside_compaction, path, n_records, settings.repeat
+        ).result
+        unchanged(marks)
+        return found
+
+    found = settings.with_scratch(run)
+    rows = []
+    for fraction, factor in ((0.5, None), (0.99, 2), (0.999, 3)):
+        seconds = {
+            side: [float(np.quantile(some, fraction)) / 1e9 for some in found[side]]
+            for side in ("busy", "idle")
+        }
+        row = Row(
+            f"C5 p{fraction * 100:g}",
+            f"latency of commits while {n_records:,} records compact, "
+            f"{fraction * 100:g}th percentile",
+            "s",
+            {OURS: seconds["busy"], "idle": seconds["idle"]},
+        )
+        rows.append(row.of_limit("idle", factor) if factor else row.beside("idle"))
+    rows[0].extra["latencies"] = {
+        "compacting": quantiles(list(itertools.chain(*found["busy"]))),
+        "idle": quantiles(list(itertools.chain(*found["idle"]))),
+    }
+    return rows
+
+
+def _spins_alone(seconds: float) -> float:
+    """Return how often the spinning thread goes round a second with nobody beside."""
+    with _Spinner(True) as spinner:
+        threading.Event().wait(seconds)
+    return spinner.rounds / seconds
+
+
+def c6(settings: Settings) -> list[Row]:
+    """C1 and C2 beside one thread that spins in pure Python."""
+    seconds = max(0.3, 2 * min(1, settings.scale))
+    alone = isolated(_spins_alone, seconds).result
+    rows = []
+    for n_threads in (1, 8):
+        load = Load(50_000, 1, n_threads, seconds_max=seconds, spin=True)
+        kept: dict[str, Any] = {}
+        sides = {
+            side.name: measured(settings, side, load, kept)
+            for side in (Metastore, *settings.peers)
+            if side.commits
+        }
+        row = Row(
+            f"C6 {n_threads}",
+            f"durable commits of one record, {n_threads} thread"
+            f"{'s' if n_threads > 1 else ''}, beside one that spins",
+            "/s",
+            alternate(settings.repeat, sides),
+        )
+        for side in ("LMDB", "LevelDB", "SQLite"):
+            row.times_better(side, 1)
+        row.notes += [
+            f"{name}: the spinning thread kept {found['spins'] / alone:.0%} of its speed"
+            for name, found in kept.items()
+        ]
+        rows.append(row)
+    return rows

@@ -1,0 +1,100 @@
+"""What ran, and on what: the heading of every table."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import sys
+from typing import Any
+
+from benchmarks.measure import BenchmarkError
+from benchmarks.peers import Peer
+
+__all__ = ["check_directory", "describe", "file_system", "load_average"]
+
+_PACKAGES = ("metastore", "numpy", "zstandard", "crc32c")
+
+
+def _first(path: str, prefix: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith(prefix):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return "unknown"
+
+
+def file_system(path: str) -> str:
+    """Return the type of the file system that holds `path`."""
+    wanted = os.stat(path).st_dev
+    device = f"{os.major(wanted)}:{os.minor(wanted)}"
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8") as lines:
+            for line in lines:
+                fields, _, rest = line.partition(" - ")
+                if fields.split()[2] == device:
+                    return rest.split()[0]
+    except OSError:
+        pass
+    return "unknown"
+
+
+def load_average() -> float:
+    """Return how many threads wanted to run during the last minute."""
+    return os.getloadavg()[0]
+
+
+def check_directory(path: str, needed_size: int) -> None:
+    """Refuse a directory that cannot hold what the cases write.
+
+    Raises
+    ------
+    BenchmarkError
+        If it is missing, unwritable, in memory, or too full.
+    """
+    if not os.path.isdir(path):
+        raise BenchmarkError(f"no such directory: {path}")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise BenchmarkError(
+            f"the directory cannot be written to: {path}. Choose one with --directory"
+        )
+    kind = file_system(path)
+    if kind in ("tmpfs", "ramfs"):
+        raise BenchmarkError(
+            f"{path} is memory ({kind}), where a sync does nothing: choose a directory "
+            "on a disk with --directory"
+        )
+    status = os.statvfs(path)
+    free_size = status.f_bavail * status.f_frsize
+    if free_size < needed_size:
+        raise BenchmarkError(
+            f"the cases write up to {needed_size / 1e9:.1f} GB, and {path} has "
+            f"{free_size / 1e9:.1f} GB left: choose another place with --directory, "
+            "fewer cases with --only, or fewer records with --scale"
+        )
+
+
+def describe(directory: str, peers: list[type[Peer]]) -> dict[str, Any]:
+    """Return the machine and the versions of everything that ran."""
+    pages, page_size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    versions = {"python": sys.version.split()[0]}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed as a package"
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "processor": _first("/proc/cpuinfo", "model name"),
+        "cores": os.cpu_count(),
+        "memory_size": pages * page_size,
+        "system": f"{platform.system()} {platform.release().split('-')[0]}",
+        "architecture": platform.machine(),
+        "file_system": file_system(directory),
+        "versions": versions,
+        "peers": {peer.name: peer.installed_version() for peer in peers},
+    }

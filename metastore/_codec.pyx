@@ -1,0 +1,1027 @@
+"""Bytes to arrays and back: the kernels of metastore.
+
+A leaf: no files, no policy, no state. Sections cited are those of docs/format.md.
+Sizes and counts found in bytes are claims until they were checked here. Functions
+release the GIL for their loops and are thread-safe; the caller keeps the arguments
+from changing meanwhile.
+"""
+
+from cpython.bytearray cimport (
+    PyByteArray_AS_STRING,
+    PyByteArray_FromStringAndSize,
+    PyByteArray_Resize,
+)
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
+from cpython.buffer cimport (
+    PyBUF_SIMPLE,
+    PyBuffer_Release,
+    PyObject_CheckBuffer,
+    PyObject_GetBuffer,
+)
+from libc.math cimport log2
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcmp, memcpy, memset
+
+import numpy as np
+
+cdef extern from "_kernels.h" nogil:
+    void ms_init()
+    uint32_t ms_crc32c(uint32_t crc, const uint8_t* data, size_t size)
+    uint32_t ms_crc32c_table(uint32_t crc, const uint8_t* data, size_t size)
+    uint64_t ms_load_u64(const uint8_t* at)
+    uint32_t ms_load_u32(const uint8_t* at)
+    void ms_store_u64(uint8_t* at, uint64_t value)
+    void ms_store_u32(uint8_t* at, uint32_t value)
+    void ms_join8(const uint8_t** planes, const size_t* steps, uint8_t* out, size_t n)
+    void ms_split8(const uint8_t* data, uint8_t* out, size_t n)
+
+ms_init()
+
+# What a scan met (the value that scan_frames returns last), or what is wrong with a
+# frame (docs/format.md, section 4).
+cdef enum Status:
+    OK = 0              # the table is full, there may be more
+    NO_BYTES = 1        # fewer bytes than a frame header
+    INCOMPLETE = 2      # a valid header whose frame goes beyond the data
+    SEALED = 3          # an end frame; the row behind the last describes it
+    BAD_HEADER = 10
+    BAD_KIND = 11
+    BAD_LAYOUT = 12
+    BAD_RESERVED = 13
+    BAD_SEQUENCE = 14
+    BAD_DURABLE = 15
+    BAD_SIZE = 16
+    BAD_PADDING = 17
+    BAD_PAYLOAD = 20
+    BAD_LENGTHS = 21
+    BAD_TOMBSTONE = 22
+    BAD_TABLE = 23
+    BAD_SECTION = 24
+
+SCAN_MORE = OK
+SCAN_NO_BYTES = NO_BYTES
+SCAN_INCOMPLETE = INCOMPLETE
+SCAN_SEALED = SEALED
+STATUS_BAD_HEADER = BAD_HEADER
+STATUS_BAD_PAYLOAD = BAD_PAYLOAD
+STATUS_BAD_SEQUENCE = BAD_SEQUENCE
+
+REASONS = {
+    NO_BYTES: "the file ends where a frame must stand",
+    INCOMPLETE: "the frame goes beyond the end of the file",
+    SEALED: "an end frame stands where none may be",
+    BAD_HEADER: "frame header checksum mismatch",
+    BAD_KIND: "a frame of this kind must not stand here",
+    BAD_LAYOUT: "unknown frame layout",
+    BAD_RESERVED: "reserved bytes of the frame header are not zero",
+    BAD_SEQUENCE: "sequence out of order",
+    BAD_DURABLE: "durable sequence out of range",
+    BAD_SIZE: "record count and sizes of the frame contradict each other",
+    BAD_PADDING: "padding of the frame is not zero",
+    BAD_PAYLOAD: "frame checksum mismatch",
+    BAD_LENGTHS: "lengths do not add up to the user data",
+    BAD_TOMBSTONE: "a deletion carries user data",
+    BAD_TABLE: "malformed section table",
+    BAD_SECTION: "malformed zstd section",
+}
+
+cdef enum:
+    HEADER = 48
+    CHECKSUM_XOR = 0xAF
+    BATCH = 1
+    BLOCK = 2
+    END = 3
+    PLAIN = 0
+    PACKED = 1
+    CONSTANT = 0
+    RAW = 1
+    ZSTD = 2
+    COLUMNS = 6
+    PLANES_MAX = 64
+    COLUMN_HEADS = 16
+    SECTION_ROW = 8
+    SECTIONS_MAX = 8 + 8 + 4 + 64
+    SAMPLE_RUNS = 16
+    SAMPLE_RUN = 256
+
+FRAME_HEADER_SIZE = HEADER
+KIND_BATCH = BATCH
+KIND_BLOCK = BLOCK
+KIND_END = END
+LAYOUT_PLAIN = PLAIN
+LAYOUT_PACKED = PACKED
+PACKED_SIZE_MAX = 1 << 26
+PACKED_RATIO_MAX = 1 << 15
+ENCODING_CONSTANT = CONSTANT
+ENCODING_RAW = RAW
+ENCODING_ZSTD = ZSTD
+FILTER_NONE = 0
+FILTER_DELTA = 1
+# Records with more bytes of user data than this have no planes.
+STRIDE_MAX = PLANES_MAX
+
+# The columns of a scan's table.
+ROW_OFFSET = 0
+ROW_PAYLOAD_SIZE = 1
+ROW_RECORDS = 2
+ROW_USER_DATA_SIZE = 3
+ROW_LAYOUT = 4
+ROW_CHECKSUM = 5
+ROW_COLUMNS = COLUMNS
+
+cdef uint64_t LENGTH_LIMIT = <uint64_t>1 << 32
+cdef uint64_t PACKED_SIZE_LIMIT = <uint64_t>1 << 26
+cdef uint64_t PACKED_RATIO_LIMIT = <uint64_t>1 << 15
+
+
+# ---- crc32c ----
+
+def crc32c(const uint8_t[::1] data not None, uint32_t value=0):
+    """Return the crc32c of `data`, going on from the checksum `value`."""
+    cdef uint32_t crc = value
+    if data.shape[0]:
+        with nogil:
+            crc = ms_crc32c(crc, &data[0], data.shape[0])
+    return crc
+
+
+def crc32c_table(const uint8_t[::1] data not None, uint32_t value=0):
+    """Return :func:`crc32c` by the tables that serve where no instruction does."""
+    if not data.shape[0]:
+        return value
+    return ms_crc32c_table(value, &data[0], data.shape[0])
+
+
+# ---- encoding ----
+
+cdef inline uint8_t* _at(bytearray frame) noexcept:
+    return <uint8_t*>PyByteArray_AS_STRING(frame)
+
+
+cdef inline Py_ssize_t _padded(Py_ssize_t size) noexcept nogil:
+    return (size + 7) & ~<Py_ssize_t>7
+
+
+cdef void _start_frame(
+    uint8_t* frame, int kind, int layout, uint64_t n, uint64_t payload_size,
+    uint64_t user_data_size
+) noexcept nogil:
+    """Write everything of the header but what :func:`finish_frame` adds, and the padding."""
+    cdef Py_ssize_t end = HEADER + payload_size
+    memset(frame, 0, HEADER)
+    frame[4] = kind
+    frame[5] = layout
+    ms_store_u32(frame + 24, n)
+    ms_store_u32(frame + 28, ms_crc32c(0, frame + HEADER, payload_size) ^ CHECKSUM_XOR)
+    ms_store_u64(frame + 32, payload_size)
+    ms_store_u64(frame + 40, user_data_size)
+    memset(frame + end, 0, _padded(end) - end)
+
+
+def finish_frame(
+    uint8_t[::1] frame not None, uint32_t seed, uint64_t sequence, uint64_t durable
+):
+    """Write sequence, durable sequence and header checksum into a started frame."""
+    if frame.shape[0] < HEADER:
+        raise ValueError(f"frame of {frame.shape[0]} bytes is shorter than its header")
+    ms_store_u64(&frame[8], sequence)
+    ms_store_u64(&frame[16], durable)
+    ms_store_u32(&frame[0], ms_crc32c(seed, &frame[4], HEADER - 4) ^ CHECKSUM_XOR)
+
+
+cdef uint64_t _integer(object number, Py_ssize_t i, str what) except? 0:
+    if isinstance(number, bool):
+        raise TypeError(f"record {i}: {what} must be an integer, not a bool")
+    try:
+        # A plain int converts at once; others say by __index__ that they are integers.
+        return number if type(number) is int else number.__index__()
+    except OverflowError:
+        raise OverflowError(
+            f"record {i}: {what} {number} is outside 0 .. 2**64 - 1"
+        ) from None
+    except (AttributeError, TypeError):
+        raise TypeError(
+            f"record {i}: {what} must be an integer, not {type(number).__name__}"
+        ) from None
+
+
+cdef Py_ssize_t _size_of(object user_data, Py_ssize_t i) except -1:
+    cdef Py_buffer view
+    cdef Py_ssize_t size
+    if PyBytes_CheckExact(user_data):
+        size = PyBytes_GET_SIZE(user_data)
+    elif not PyObject_CheckBuffer(user_data):
+        raise TypeError(
+            f"record {i}: user data must be bytes-like, not {type(user_data).__name__}"
+        )
+    else:
+        try:
+            PyObject_GetBuffer(user_data, &view, PyBUF_SIMPLE)
+        except BufferError as error:
+            raise ValueError(f"record {i}: user data must be contiguous") from error
+        size = view.len
+        PyBuffer_Release(&view)
+    if <uint64_t>size >= LENGTH_LIMIT:
+        raise OverflowError(f"record {i}: user data of {size} bytes; the limit is 2**32 - 1")
+    return size
+
+
+cdef int _copy_user_data(
+    object user_data, uint8_t* at, Py_ssize_t size, Py_ssize_t i
+) except -1:
+    cdef Py_buffer view
+    if PyBytes_CheckExact(user_data):
+        memcpy(at, PyBytes_AS_STRING(user_data), size)
+        return 0
+    PyObject_GetBuffer(user_data, &view, PyBUF_SIMPLE)
+    try:
+        if view.len != size:
+            raise ValueError(f"record {i}: user data changed its size meanwhile")
+        memcpy(at, view.buf, size)
+    finally:
+        PyBuffer_Release(&view)
+    return 0
+
+
+def encode_batch(batch):
+    """Start a plain batch frame from tuples (section 5).
+
+    Parameters
+    ----------
+    batch : iterable of (int, (int, bytes-like) or None)
+        Key, and value with user data, or None for a deletion.
+
+    Returns
+    -------
+    bytearray
+        The frame, to be given to :func:`finish_frame`.
+
+    Raises
+    ------
+    TypeError, ValueError, OverflowError
+        For what a batch cannot hold; the message names the record.
+    """
+    cdef list records = list(batch)
+    cdef Py_ssize_t n = len(records)
+    cdef Py_ssize_t i, size, total = 0
+    cdef uint64_t key, value
+    cdef object record, pair
+    if <uint64_t>n >= LENGTH_LIMIT:
+        raise OverflowError(f"a batch of {n} records; the limit is 2**32 - 1")
+    cdef Py_ssize_t user_data_at = HEADER + 20 * n
+    cdef bytearray frame = PyByteArray_FromStringAndSize(NULL, user_data_at)
+    cdef uint8_t* at = _at(frame) + HEADER
+    for i in range(n):
+        record = records[i]
+        if not isinstance(record, tuple) or len(<tuple>record) != 2:
+            raise TypeError(f"record {i}: must be a tuple (key, (value, user_data) or None)")
+        key = _integer((<tuple>record)[0], i, "key")
+        pair = (<tuple>record)[1]
+        value = 0
+        size = 0
+        if pair is not None:
+            if not isinstance(pair, tuple) or len(<tuple>pair) != 2:
+                raise TypeError(f"record {i}: must hold a tuple (value, user_data) or None")
+            value = _integer((<tuple>pair)[0], i, "value")
+            if value == 0:
+                raise ValueError(f"record {i}: value 0 means deleted: give None instead")
+            size = _size_of((<tuple>pair)[1], i)
+        ms_store_u64(at + 8 * i, key)
+        ms_store_u64(at + 8 * n + 8 * i, value)
+        ms_store_u32(at + 16 * n + 4 * i, size)
+        total += size
+    PyByteArray_Resize(frame, _padded(user_data_at + total))
+    at = _at(frame) + user_data_at
+    for i in range(n):
+        pair = (<tuple>records[i])[1]
+        if pair is not None:
+            size = ms_load_u32(_at(frame) + HEADER + 16 * n + 4 * i)
+            if size:
+                _copy_user_data((<tuple>pair)[1], at, size, i)
+                at += size
+    _start_frame(_at(frame), BATCH, PLAIN, n, 20 * n + total, total)
+    return frame
+
+
+def encode_plain(
+    int kind,
+    const uint64_t[::1] keys not None,
+    const uint64_t[::1] values not None,
+    const uint64_t[::1] offsets not None,
+    const uint8_t[::1] user_data not None,
+):
+    """Start a plain frame from columns that the caller has checked (section 5).
+
+    Returns
+    -------
+    bytearray
+        The frame, to be given to :func:`finish_frame`.
+    """
+    cdef Py_ssize_t n = keys.shape[0]
+    _check_columns(n, values.shape[0], offsets.shape[0])
+    if <uint64_t>n >= LENGTH_LIMIT:
+        raise OverflowError(f"a frame of {n} records; the limit is 2**32 - 1")
+    cdef uint64_t first = offsets[0]
+    cdef uint64_t total = offsets[n] - first
+    if offsets[n] < first or offsets[n] > <uint64_t>user_data.shape[0]:
+        raise ValueError("offsets go beyond the user data")
+    cdef Py_ssize_t payload_size = 20 * n + total
+    cdef bytearray frame = PyByteArray_FromStringAndSize(NULL, _padded(HEADER + payload_size))
+    cdef uint8_t* start = _at(frame)
+    cdef uint8_t* at = start + HEADER
+    cdef Py_ssize_t i
+    with nogil:
+        if n:
+            memcpy(at, &keys[0], 8 * n)
+            memcpy(at + 8 * n, &values[0], 8 * n)
+            for i in range(n):
+                ms_store_u32(at + 16 * n + 4 * i, offsets[i + 1] - offsets[i])
+        if total:
+            memcpy(at + 20 * n, &user_data[first], total)
+        _start_frame(start, kind, PLAIN, n, payload_size, total)
+    return frame
+
+
+def encode_payload(int kind, int layout, uint32_t n, uint64_t user_data_size, payload):
+    """Start a frame around the joined bytes of `payload`, a sequence of buffers."""
+    cdef bytearray frame = bytearray().join([bytes(HEADER), *payload])
+    cdef Py_ssize_t payload_size = len(frame) - HEADER
+    PyByteArray_Resize(frame, _padded(HEADER + payload_size))
+    cdef uint8_t* start = _at(frame)
+    with nogil:
+        _start_frame(start, kind, layout, n, payload_size, user_data_size)
+    return frame
+
+
+cdef int _check_columns(Py_ssize_t n, Py_ssize_t n_values, Py_ssize_t n_offsets) except -1:
+    if n_values != n or n_offsets != n + 1:
+        raise ValueError(
+            f"columns do not match: {n} keys, {n_values} values, {n_offsets} offsets"
+        )
+    return 0
+
+
+# ---- scanning frames (section 4) ----
+
+cdef struct Row:
+    uint64_t offset
+    uint64_t payload_size
+    uint64_t n_records
+    uint64_t user_data_size
+    uint64_t layout
+    uint64_t checksum
+
+
+cdef inline int _check_sizes(
+    const uint8_t* header, int layout, uint64_t payload_size, uint64_t user_data_size
+) noexcept nogil:
+    cdef uint64_t plain_size = 20 * <uint64_t>ms_load_u32(header + 24)
+    if header[4] == END:
+        return OK if layout == PLAIN and user_data_size == 0 else BAD_SIZE
+    if layout == PLAIN:
+        # payload_size is within the file by now, so neither side can wrap
+        if payload_size < plain_size or payload_size - plain_size != user_data_size:
+            return BAD_SIZE
+        return OK
+    if plain_size == 0 or user_data_size > PACKED_SIZE_LIMIT:
+        return BAD_SIZE
+    plain_size += user_data_size
+    if plain_size > PACKED_SIZE_LIMIT or plain_size > PACKED_RATIO_LIMIT * payload_size:
+        return BAD_SIZE
+    return OK
+
+
+cdef int _read_header(
+    const uint8_t* header, Py_ssize_t left, uint32_t seed, uint64_t sequence,
+    bint snapshot, Row* row
+) noexcept nogil:
+    """Check the frame at `header`, of whose file `left` bytes follow, and fill `row`."""
+    cdef uint32_t stored, computed
+    cdef uint64_t durable, found, payload_size
+    cdef Py_ssize_t size
+    cdef int kind, layout, status
+    if left < HEADER:
+        return NO_BYTES
+    stored = ms_load_u32(header)
+    computed = ms_crc32c(seed, header + 4, HEADER - 4) ^ CHECKSUM_XOR
+    if stored != computed:
+        return BAD_HEADER
+    kind = header[4]
+    layout = header[5]
+    if kind != END and kind != (BLOCK if snapshot else BATCH):
+        return BAD_KIND
+    if layout != PLAIN and layout != PACKED:
+        return BAD_LAYOUT
+    if header[6] or header[7]:
+        return BAD_RESERVED
+    found = ms_load_u64(header + 8)
+    durable = ms_load_u64(header + 16)
+    payload_size = ms_load_u64(header + 32)
+    if found != sequence - (not snapshot and kind == END) and not (
+        snapshot and kind == BLOCK and found == 0
+    ):
+        return BAD_SEQUENCE
+    if snapshot:
+        if durable:
+            return BAD_DURABLE
+    elif durable >= found if kind == BATCH else durable != found:
+        return BAD_DURABLE
+    if payload_size > <uint64_t>(left - HEADER):
+        return INCOMPLETE
+    size = HEADER + payload_size
+    if _padded(size) > left:
+        return INCOMPLETE
+    status = _check_sizes(header, layout, payload_size, ms_load_u64(header + 40))
+    if status != OK:
+        return status
+    if kind == END and not snapshot and (payload_size or ms_load_u32(header + 24)):
+        return BAD_SIZE
+    while size & 7:
+        if header[size]:
+            return BAD_PADDING
+        size += 1
+    row.payload_size = payload_size
+    row.n_records = ms_load_u32(header + 24)
+    row.user_data_size = ms_load_u64(header + 40)
+    row.layout = layout
+    row.checksum = stored
+    return SEALED if kind == END else OK
+
+
+def scan_frames(
+    const uint8_t[::1] data not None,
+    Py_ssize_t offset,
+    uint32_t seed,
+    uint64_t sequence,
+    uint64_t[:, ::1] table not None,
+    bint snapshot=False,
+):
+    """Check frame headers one after another; payloads are left to :func:`decode_frames`.
+
+    Parameters
+    ----------
+    data : buffer
+        The file, or a part of it.
+    offset : int
+        Where in `data` the first frame stands.
+    seed : int
+        The checksum seed of the file.
+    sequence : int
+        Log: the sequence that the first frame must have. Snapshot: that of its end.
+    table : ndarray of uint64, shape (rows, 6)
+        Filled with a row per frame: offset in `data`, payload size, records, user
+        data size, layout, header checksum.
+    snapshot : bool
+        Whether blocks are expected instead of batches.
+
+    Returns
+    -------
+    n : int
+        Rows filled. If the scan met an end frame, one more row describes that.
+    offset : int
+        Where the scan stopped.
+    status : int
+        ``SCAN_MORE``, ``SCAN_NO_BYTES``, ``SCAN_INCOMPLETE``, ``SCAN_SEALED``, or what
+        is wrong with the frame there (``REASONS``).
+    """
+    cdef Py_ssize_t size = data.shape[0]
+    cdef Py_ssize_t n = 0, rows = table.shape[0]
+    cdef int status = OK
+    cdef Row* row
+    if table.shape[1] != COLUMNS or offset < 0 or offset > size:
+        raise ValueError("the table has a wrong shape, or the offset is outside the data")
+    if rows == 0 or size == offset:
+        return 0, offset, OK if rows == 0 else NO_BYTES
+    with nogil:
+        while n < rows:
+            row = <Row*>&table[n, 0]
+            if offset == size:
+                status = NO_BYTES
+                break
+            status = _read_header(
+                &data[offset], size - offset, seed, sequence, snapshot, row
+            )
+            if status != OK and status != SEALED:
+                break
+            row.offset = offset
+            if status == SEALED:
+                break
+            offset += _padded(HEADER + row.payload_size)
+            n += 1
+            if not snapshot:
+                sequence += 1
+    return n, offset, status
+
+
+def frame_size(const uint8_t[::1] data not None, Py_ssize_t offset):
+    """Return the whole size that the frame header at `offset` claims, in bytes."""
+    if offset < 0 or data.shape[0] - offset < HEADER:
+        raise ValueError("no frame header there")
+    return (HEADER + int(ms_load_u64(&data[offset + 32])) + 7) & ~7
+
+
+def find_durable(
+    const uint8_t[::1] data not None, Py_ssize_t offset, uint32_t seed, uint64_t sequence
+):
+    """Return where a frame says that batch `sequence` was durable (section 8), or -1.
+
+    Every multiple of 8 from `offset` on is tried; only the header has to be valid.
+    """
+    cdef Py_ssize_t last = data.shape[0] - HEADER
+    cdef Py_ssize_t found = -1
+    cdef const uint8_t* at
+    if offset < 0 or offset & 7:
+        raise ValueError("frames stand at multiples of 8")
+    with nogil:
+        while offset <= last:
+            at = &data[offset]
+            if (
+                (at[4] == BATCH or at[4] == END)
+                and ms_load_u64(at + 16) >= sequence
+                and ms_load_u32(at)
+                == ms_crc32c(seed, at + 4, HEADER - 4) ^ CHECKSUM_XOR
+            ):
+                found = offset
+                break
+            offset += 8
+    return found
+
+
+def find_nonzero(const uint8_t[::1] data not None, Py_ssize_t offset=0):
+    """Return the offset of the first byte from `offset` on that is not zero, or -1."""
+    cdef Py_ssize_t size = data.shape[0]
+    if offset < 0:
+        raise ValueError("negative offset")
+    with nogil:
+        while offset + 8 <= size and ms_load_u64(&data[offset]) == 0:
+            offset += 8
+        while offset < size and data[offset] == 0:
+            offset += 1
+    return offset if offset < size else -1
+
+
+# ---- decoding payloads (sections 5 and 6) ----
+
+cdef struct Target:
+    uint8_t* keys
+    uint8_t* values
+    uint64_t* ends
+    uint8_t* user_data
+    uint64_t base           # offset of the frame's first user data byte
+
+
+cdef int _ends_of(
+    const uint8_t* lengths, Py_ssize_t n, uint64_t user_data_size, Target* to
+) noexcept nogil:
+    cdef uint64_t end = to.base
+    cdef uint64_t tombstone_bytes = 0
+    cdef uint64_t length
+    cdef Py_ssize_t i
+    for i in range(n):
+        length = ms_load_u32(lengths + 4 * i)
+        end += length
+        to.ends[i] = end
+        if length:
+            tombstone_bytes |= ms_load_u64(to.values + 8 * i) == 0
+    if end - to.base != user_data_size:
+        return BAD_LENGTHS
+    return BAD_TOMBSTONE if tombstone_bytes else OK
+
+
+cdef int _decode_plain(const uint8_t* payload, Row* row, Target* to) noexcept nogil:
+    cdef Py_ssize_t n = row.n_records
+    memcpy(to.keys, payload, 8 * n)
+    memcpy(to.values, payload + 8 * n, 8 * n)
+    if row.user_data_size:
+        memcpy(to.user_data, payload + 20 * n, row.user_data_size)
+    return _ends_of(payload + 16 * n, n, row.user_data_size, to)
+
+
+cdef struct Section:
+    const uint8_t* at       # stored bytes, or the constant one
+    uint64_t stored
+    uint64_t unpacked
+    int encoding
+    int constant
+
+
+cdef struct Sections:
+    int n
+    int filters[4]
+    int counts[4]
+    Section items[SECTIONS_MAX]
+
+
+cdef int _read_table(const uint8_t* payload, Row* row, Sections* out) noexcept nogil:
+    """Parse and check the section table of a packed payload (section 6)."""
+    cdef uint64_t n = row.n_records
+    cdef uint64_t left = row.payload_size
+    cdef uint64_t widths[4]
+    cdef uint64_t unpacked
+    cdef const uint8_t* at
+    cdef Section* item
+    cdef int column, i
+    if left < COLUMN_HEADS:
+        return BAD_TABLE
+    widths[0] = 8
+    widths[1] = 8
+    widths[2] = 4
+    out.n = 0
+    for column in range(4):
+        at = payload + 4 * column
+        out.filters[column] = at[0]
+        out.counts[column] = at[1]
+        if at[2] or at[3] or at[0] > (1 if column < 2 else 0):
+            return BAD_TABLE
+        if column < 3:
+            if <uint64_t>at[1] != widths[column] and at[1] != 1:
+                return BAD_TABLE
+        elif at[1] == 0 or at[1] > PLANES_MAX:
+            return BAD_TABLE
+        elif at[1] > 1 and row.user_data_size != n * at[1]:
+            return BAD_TABLE
+        out.n += at[1]
+    left -= COLUMN_HEADS
+    if left < <uint64_t>out.n * SECTION_ROW:
+        return BAD_TABLE
+    left -= out.n * SECTION_ROW
+    at = payload + COLUMN_HEADS + out.n * SECTION_ROW
+    item = &out.items[0]
+    for column in range(4):
+        unpacked = n
+        if out.counts[column] == 1:
+            unpacked = row.user_data_size if column == 3 else n * widths[column]
+        for i in range(out.counts[column]):
+            _read_section(
+                payload + COLUMN_HEADS + (item - &out.items[0]) * SECTION_ROW, item
+            )
+            item.unpacked = unpacked
+            if not _section_is_valid(item) or item.stored > left:
+                return BAD_TABLE
+            if item.encoding != CONSTANT:
+                item.at = at
+                at += item.stored
+                left -= item.stored
+            item += 1
+    return BAD_TABLE if left else OK
+
+
+cdef inline void _read_section(const uint8_t* entry, Section* item) noexcept nogil:
+    item.stored = ms_load_u32(entry)
+    item.encoding = entry[4] if not (entry[6] or entry[7]) else 255
+    item.constant = entry[5]
+    item.at = entry + 5
+
+
+cdef inline bint _section_is_valid(const Section* item) noexcept nogil:
+    if item.encoding == CONSTANT:
+        return item.stored == 0
+    if item.constant:
+        return False
+    if item.encoding == RAW:
+        return item.stored == item.unpacked
+    return item.encoding == ZSTD and 0 < item.stored < item.unpacked
+
+
+cdef void _join_strided(
+    const Section* planes, int width, uint8_t* out, Py_ssize_t n
+) noexcept nogil:
+    """Integers or records of `width` bytes from their planes."""
+    cdef const uint8_t* at[8]
+    cdef size_t steps[8]
+    cdef uint8_t constants[8][16]
+    cdef const uint8_t* plane
+    cdef Py_ssize_t i
+    cdef int j
+    if width == 8:
+        for j in range(8):
+            at[j] = planes[j].at
+            steps[j] = 1
+            if planes[j].encoding == CONSTANT:
+                memset(constants[j], planes[j].constant, 16)
+                at[j] = constants[j]
+                steps[j] = 0
+        ms_join8(at, steps, out, n)
+        return
+    for j in range(width):
+        plane = planes[j].at
+        if planes[j].encoding == CONSTANT:
+            for i in range(n):
+                out[i * width + j] = planes[j].constant
+        else:
+            for i in range(n):
+                out[i * width + j] = plane[i]
+
+
+cdef void _unpack_column(
+    const Section* sections, int n_sections, int width, bint delta, uint8_t* out, Py_ssize_t n
+) noexcept nogil:
+    cdef uint64_t total = 0
+    cdef Py_ssize_t i
+    if n_sections > 1:
+        _join_strided(sections, width, out, n)
+    elif sections.encoding == CONSTANT:
+        memset(out, sections.constant, width * n)
+    else:
+        memcpy(out, sections.at, width * n)
+    if delta:
+        for i in range(n):
+            total += ms_load_u64(out + 8 * i)
+            ms_store_u64(out + 8 * i, total)
+
+
+cdef int _lengths_of(
+    const Section* sections, int n_sections, Row* row, Target* to, uint8_t* scratch
+) noexcept nogil:
+    """Ends of the user data; `scratch` has room for 4 bytes a record."""
+    cdef Py_ssize_t n = row.n_records
+    cdef uint64_t length = 0
+    cdef uint64_t end = to.base
+    cdef Py_ssize_t i
+    cdef int j
+    for j in range(n_sections):
+        if sections[j].encoding != CONSTANT:
+            _unpack_column(sections, n_sections, 4, False, scratch, n)
+            return _ends_of(scratch, n, row.user_data_size, to)
+        length |= <uint64_t>sections[j].constant << (8 * j)
+    if n_sections == 1:
+        length *= 0x01010101
+    if length * <uint64_t>n != row.user_data_size:
+        return BAD_LENGTHS
+    for i in range(n):
+        end += length
+        to.ends[i] = end
+        if length and ms_load_u64(to.values + 8 * i) == 0:
+            return BAD_TOMBSTONE
+    return OK
+
+
+cdef int _decode_sections(Sections* sections, Row* row, Target* to) noexcept nogil:
+    cdef Py_ssize_t n = row.n_records
+    cdef Section* at = &sections.items[0]
+    cdef uint8_t* scratch
+    cdef Py_ssize_t i
+    cdef int status
+    _unpack_column(at, sections.counts[0], 8, sections.filters[0] == 1, to.keys, n)
+    at += sections.counts[0]
+    _unpack_column(at, sections.counts[1], 8, sections.filters[1] == 1, to.values, n)
+    at += sections.counts[1]
+    # The lengths come before the user data, whose room is exactly user_data_size.
+    scratch = <uint8_t*>malloc(4 * n)
+    if scratch == NULL:
+        return -1
+    status = _lengths_of(at, sections.counts[2], row, to, scratch)
+    free(scratch)
+    at += sections.counts[2]
+    if status != OK:
+        return status
+    if sections.counts[3] > 1:
+        for i in range(n):
+            if to.ends[i] - to.base != <uint64_t>(i + 1) * sections.counts[3]:
+                return BAD_LENGTHS
+        _unpack_column(at, sections.counts[3], sections.counts[3], False, to.user_data, n)
+    elif at.encoding == CONSTANT:
+        memset(to.user_data, at.constant, row.user_data_size)
+    elif row.user_data_size:
+        memcpy(to.user_data, at.at, row.user_data_size)
+    return OK
+
+
+cdef int _decode_packed(
+    const uint8_t[::1] data, Row* row, Target* to, object decompress
+) except -2:
+    """Decode one packed frame; zstd sections go through `decompress` with the GIL."""
+    cdef Sections sections
+    cdef Section* item
+    cdef list unpacked = []
+    cdef bytes content
+    cdef Py_ssize_t start
+    cdef int status, i
+    cdef const uint8_t* payload = &data[row.offset + HEADER]
+    status = _read_table(payload, row, &sections)
+    if status != OK:
+        return status
+    for i in range(sections.n):
+        item = &sections.items[i]
+        if item.encoding != ZSTD:
+            continue
+        start = item.at - &data[0]
+        content = decompress(data[start : start + <Py_ssize_t>item.stored], item.unpacked)
+        if content is None or <uint64_t>PyBytes_GET_SIZE(content) != item.unpacked:
+            return BAD_SECTION
+        unpacked.append(content)
+        item.at = <const uint8_t*>PyBytes_AS_STRING(content)
+    with nogil:
+        status = _decode_sections(&sections, row, to)
+    if status == -1:
+        raise MemoryError
+    return status
+
+
+def decode_frames(
+    const uint8_t[::1] data not None,
+    const uint64_t[:, ::1] table not None,
+    uint64_t[::1] keys not None,
+    uint64_t[::1] values not None,
+    uint64_t[::1] ends not None,
+    uint8_t[::1] user_data not None,
+    uint64_t base,
+    decompress,
+):
+    """Check and decode the payloads of scanned frames, one behind the other.
+
+    Parameters
+    ----------
+    data : buffer
+        What was scanned.
+    table : ndarray of uint64, shape (frames, 6)
+        The rows that :func:`scan_frames` filled for `data`.
+    keys, values, ends : ndarray of uint64, shape (records of all rows,)
+        Filled; `ends` with the offset behind each record's user data.
+    user_data : ndarray of uint8, shape (user data size of all rows,)
+        Filled.
+    base : int
+        Added to all of `ends`: the offset of ``user_data[0]``.
+    decompress : callable
+        ``decompress(buffer, size)`` returns the content of a zstd frame as bytes, or
+        None if it is not one of exactly that size.
+
+    Returns
+    -------
+    row : int
+        The first frame that is not valid, or the number of frames.
+    status : int
+        0, or what is wrong with that frame (``REASONS``).
+    """
+    cdef Py_ssize_t n_rows = table.shape[0], i = 0
+    cdef Py_ssize_t n_records = 0, user_data_size = 0
+    cdef int status = OK
+    cdef Row* row
+    cdef Target to
+    cdef uint64_t size = data.shape[0]
+    if table.shape[1] != COLUMNS:
+        raise ValueError("the table has a wrong shape")
+    for i in range(n_rows):
+        row = <Row*>&table[i, 0]
+        if row.offset > size or row.payload_size > size or (
+            row.offset + HEADER + row.payload_size > size
+        ):
+            raise ValueError("the table is not of these bytes")
+        n_records += row.n_records
+        user_data_size += row.user_data_size
+    if not (
+        keys.shape[0] == values.shape[0] == ends.shape[0] == n_records
+        and user_data.shape[0] == user_data_size
+    ):
+        raise ValueError("the arrays have not the size that the table asks for")
+    to.base = base
+    to.keys = <uint8_t*>&keys[0] if n_records else NULL
+    to.values = <uint8_t*>&values[0] if n_records else NULL
+    to.ends = &ends[0] if n_records else NULL
+    to.user_data = &user_data[0] if user_data_size else NULL
+    i = 0
+    while i < n_rows and status == OK:
+        row = <Row*>&table[i, 0]
+        if row.layout == PACKED:
+            with nogil:
+                status = _check_payload(&data[row.offset], row)
+            if status == OK:
+                status = _decode_packed(data, row, &to, decompress)
+            if status == OK:
+                _advance(row, &to)
+                i += 1
+            continue
+        with nogil:
+            while i < n_rows:
+                row = <Row*>&table[i, 0]
+                if row.layout == PACKED:
+                    break
+                status = _check_payload(&data[row.offset], row)
+                if status == OK:
+                    status = _decode_plain(&data[row.offset] + HEADER, row, &to)
+                if status != OK:
+                    break
+                _advance(row, &to)
+                i += 1
+    return i, status
+
+
+cdef inline int _check_payload(const uint8_t* frame, Row* row) noexcept nogil:
+    cdef uint32_t computed = ms_crc32c(0, frame + HEADER, row.payload_size) ^ CHECKSUM_XOR
+    return OK if computed == ms_load_u32(frame + 28) else BAD_PAYLOAD
+
+
+cdef inline void _advance(const Row* row, Target* to) noexcept nogil:
+    to.keys += 8 * row.n_records
+    to.values += 8 * row.n_records
+    to.ends += row.n_records
+    to.user_data += row.user_data_size
+    to.base += row.user_data_size
+
+
+def check_payload(const uint8_t[::1] data not None, const uint64_t[::1] row not None):
+    """Return whether the payload of a scanned frame has its checksum."""
+    cdef Row* it = <Row*>&row[0]
+    cdef uint64_t size = data.shape[0]
+    cdef int status
+    if row.shape[0] != COLUMNS or it.offset > size or it.payload_size > size or (
+        it.offset + HEADER + it.payload_size > size
+    ):
+        raise ValueError("the row is not of these bytes")
+    with nogil:
+        status = _check_payload(&data[it.offset], it)
+    return status == OK
+
+
+def first_disorder(const uint64_t[::1] keys not None, const uint64_t[::1] values not None):
+    """Return the first record of a block that breaks its rules (section 5), or -1.
+
+    Its key is not greater than the one before, or its value is 0.
+    """
+    cdef Py_ssize_t n = keys.shape[0]
+    cdef Py_ssize_t i
+    cdef bint bad = False
+    _check_columns(n, values.shape[0], n + 1)
+    if n == 0:
+        return -1
+    with nogil:
+        bad = values[0] == 0
+        for i in range(1, n):  # without a branch, so that it vectorises
+            bad |= (keys[i] <= keys[i - 1]) | (values[i] == 0)
+    if not bad:
+        return -1
+    for i in range(n):
+        if values[i] == 0 or (i and keys[i] <= keys[i - 1]):
+            return i
+
+
+# ---- packing columns (section 6); which form wins is decided by the caller ----
+
+def split_planes(const uint8_t[::1] data not None, int width):
+    """Return the byte planes of records of `width` bytes: uint8, shape (width, n)."""
+    if width < 1 or data.shape[0] % width:
+        raise ValueError(f"{data.shape[0]} bytes are no records of {width} bytes")
+    cdef Py_ssize_t n = data.shape[0] // width
+    planes = np.empty((width, n), dtype=np.uint8)
+    cdef uint8_t[:, ::1] out = planes
+    cdef Py_ssize_t i
+    cdef int j
+    if n == 0:
+        return planes
+    with nogil:
+        if width == 8:
+            ms_split8(&data[0], &out[0, 0], n)
+        else:
+            for j in range(width):
+                for i in range(n):
+                    out[j, i] = data[i * width + j]
+    return planes
+
+
+def differences(const uint64_t[::1] numbers not None):
+    """Return the first number, then each less its predecessor, modulo 2**64."""
+    cdef Py_ssize_t n = numbers.shape[0]
+    result = np.empty(n, dtype=np.uint64)
+    cdef uint64_t[::1] out = result
+    cdef Py_ssize_t i
+    with nogil:
+        if n:
+            out[0] = numbers[0]
+        for i in range(1, n):
+            out[i] = numbers[i] - numbers[i - 1]
+    return result
+
+
+def entropy_of_sample(const uint8_t[::1] data not None):
+    """Estimate the order-0 entropy in bits per byte from at most 4,096 bytes."""
+    cdef Py_ssize_t size = data.shape[0]
+    cdef uint32_t counts[256]
+    cdef Py_ssize_t run, i, start, n = 0
+    cdef double bits = 0
+    if size == 0:
+        return 0.0
+    with nogil:
+        memset(counts, 0, sizeof(counts))
+        if size <= SAMPLE_RUNS * SAMPLE_RUN:
+            for i in range(size):
+                counts[data[i]] += 1
+            n = size
+        else:
+            for run in range(SAMPLE_RUNS):
+                start = (size - SAMPLE_RUN) * run // (SAMPLE_RUNS - 1)
+                for i in range(start, start + SAMPLE_RUN):
+                    counts[data[i]] += 1
+            n = SAMPLE_RUNS * SAMPLE_RUN
+        for i in range(256):
+            if counts[i]:
+                bits -= counts[i] * log2(counts[i] / <double>n)
+    return bits / n
+
+
+def constant_of(const uint8_t[::1] data not None):
+    """Return the one value that all bytes have, or -1 if they differ or there are none."""
+    cdef Py_ssize_t size = data.shape[0]
+    if size == 0 or (size > 1 and memcmp(&data[0], &data[1], size - 1) != 0):
+        return -1
+    return data[0]

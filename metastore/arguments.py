@@ -1,0 +1,113 @@
+"""Bad input is refused here, before a byte is written."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from metastore import _merge
+from metastore.columns import Columns, Uint8s, Uint64s
+from metastore.format import LENGTH_MAX
+
+__all__ = ["columns_of_arrays", "integer_in"]
+
+
+def integer_in(name: str, number: Any, low: int, high: int) -> int:
+    """Return `number` as an int from `low` to `high`, or raise what fits."""
+    if isinstance(number, bool):
+        raise TypeError(f"{name} must be an integer, not a bool")
+    try:
+        result = operator.index(number)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be an integer, not {type(number).__name__}"
+        ) from None
+    if not low <= result <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, not {result}")
+    return result
+
+
+def _uint64s(name: str, array: Any) -> Uint64s:
+    """Return a contiguous, native uint64 array of the same integers."""
+    found = np.asarray(array)
+    if found.size == 0 and not isinstance(array, np.ndarray):
+        found = found.astype(np.uint64)  # an empty list has no type of its own
+    if found.ndim != 1:
+        raise ValueError(f"{name} must have one dimension, not {found.ndim}")
+    if found.dtype.kind not in "ui":
+        raise TypeError(f"{name} must be an array of integers, not {found.dtype}")
+    if found.dtype.kind == "i" and found.size and int(found.min()) < 0:
+        at = int(np.flatnonzero(found < 0)[0])
+        raise OverflowError(f"{name}[{at}] is {int(found[at])}, outside 0 .. 2**64 - 1")
+    return np.ascontiguousarray(found, dtype=np.uint64)
+
+
+def _bytes_of(user_data: Any) -> Uint8s:
+    if isinstance(user_data, np.ndarray):
+        found: npt.NDArray[Any] = user_data
+        if found.dtype.itemsize != 1 or found.dtype.kind not in "uiSV":
+            raise TypeError(f"user_data must be an array of uint8, not {found.dtype}")
+        if found.ndim != 1:
+            raise ValueError(f"user_data must have one dimension, not {found.ndim}")
+        return np.ascontiguousarray(found).view(np.uint8)
+    try:
+        return np.frombuffer(user_data, dtype=np.uint8)
+    except (TypeError, AttributeError):
+        raise TypeError(
+            "user_data must be bytes-like or an array of uint8, "
+            f"not {type(user_data).__name__}"
+        ) from None
+
+
+def columns_of_arrays(keys: Any, values: Any, offsets: Any, user_data: Any) -> Columns:
+    """Check the arguments of ``insert_arrays`` and return them as columns.
+
+    Raises
+    ------
+    TypeError, ValueError, OverflowError
+        The message names the argument and, where there is one, the index.
+    """
+    columns = Columns(
+        _uint64s("keys", keys),
+        _uint64s("values", values),
+        *_user_data_columns(len(keys), offsets, user_data),
+    )
+    n = len(columns.keys)
+    if len(columns.values) != n:
+        raise ValueError(f"{n} keys, but {len(columns.values)} values")
+    if n > LENGTH_MAX:
+        raise OverflowError(f"a batch of {n} records; the limit is 2**32 - 1")
+    deleted = columns.values == 0
+    if columns.user_data_size and deleted.any():
+        at = np.flatnonzero(deleted & (columns.offsets[1:] != columns.offsets[:-1]))
+        if len(at):
+            raise ValueError(
+                f"values[{int(at[0])}] is 0, which deletes, but it has user data"
+            )
+    return columns
+
+
+def _user_data_columns(n: int, offsets: Any, user_data: Any) -> tuple[Uint64s, Uint8s]:
+    if offsets is None and user_data is None:
+        return np.zeros(n + 1, dtype=np.uint64), np.empty(0, dtype=np.uint8)
+    if offsets is None or user_data is None:
+        missing = "offsets" if offsets is None else "user_data"
+        raise ValueError(f"offsets and user_data belong together, but {missing} is None")
+    checked = _uint64s("offsets", offsets)
+    data = _bytes_of(user_data)
+    if len(checked) != n + 1:
+        raise ValueError(f"{n} keys need {n + 1} offsets, not {len(checked)}")
+    if not _merge.check_offsets(checked, len(data)):
+        raise ValueError(
+            "offsets must start at 0, never descend, and end at the size of user_data "
+            f"({len(data)} bytes)"
+        )
+    longest = int(np.diff(checked).max()) if n else 0
+    if longest > LENGTH_MAX:
+        raise OverflowError(
+            f"user data of {longest} bytes in one record; the limit is 2**32 - 1"
+        )
+    return checked, data

@@ -1,0 +1,422 @@
+"""The commands: ``metastore info``, ``verify``, ``dump`` and ``demo``.
+
+All but the demo only look: they take no lock and change nothing, so that they also work
+on a read-only directory, and while a live store writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import io
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from metastore import demo
+from metastore.errors import CorruptionError, MetastoreError
+from metastore.format import FORMAT_VERSION
+from metastore.look import (
+    FileCheck,
+    FileFacts,
+    Overview,
+    Verification,
+    inspection,
+    open_store,
+    overview,
+    until_steady,
+    verification,
+)
+from metastore.parallel import default_threads
+from metastore.progress import Progress
+
+__all__ = ["main"]
+
+EXIT_FINE = 0
+EXIT_DAMAGE = 1
+EXIT_ERROR = 2
+#: What a shell reports for a process that SIGINT or SIGPIPE ended.
+EXIT_INTERRUPTED = 130
+EXIT_OUTPUT_CLOSED = 141
+
+_EPILOG = """\
+exit status:
+  0    fine
+  1    damage in the store, or a difference found by the demo
+  2    wrong usage, no store, or an error of the operating system
+  130  interrupted
+  141  nobody reads the output any more
+
+info, verify and dump take no lock and change nothing: use them on a read-only
+directory, or on a store that a process is writing to."""
+
+
+# ---- info ----
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    with open_store(arguments.directory) as directory:
+        found = until_steady(directory, overview)
+    for line in _overview_lines(found):
+        print(line)
+    return _judge(found.damage)
+
+
+def _overview_lines(found: Overview) -> Iterator[str]:
+    store_id = found.store_id.hex() if found.store_id else "not given yet"
+    yield f"store       {store_id}, format version {FORMAT_VERSION}"
+    yield f"lock        {_holder(found.holder_pid)}"
+    rows = [("file", "number", "bytes", "batches", "records", "state", "created")]
+    rows += map(_facts_row, found.files)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        yield "  ".join(cell.ljust(width) for cell, width in cells).rstrip()
+    yield from _listing_lines(found.listing.temporaries, found.listing.unknown)
+    if found.n_quarantined:
+        yield (
+            f"quarantine  {found.n_quarantined:,} files, "
+            f"{found.quarantined_size:,} bytes"
+        )
+
+
+def _facts_row(facts: FileFacts) -> tuple[str, ...]:
+    first = "" if facts.first_sequence is None else f"{facts.first_sequence:,}"
+    last = "" if facts.last_sequence is None else f"{facts.last_sequence:,}"
+    batches = f"{first} to {last}".strip()
+    if facts.first_sequence is not None and facts.last_sequence is not None:
+        if facts.last_sequence < facts.first_sequence:
+            batches = f"none before {first}"
+    elif facts.first_sequence is not None:
+        batches = f"from {first}"
+    return (
+        str(facts.name),
+        str(facts.name.number),
+        f"{facts.size:,}",
+        batches,
+        "" if facts.n_records is None else f"{facts.n_records:,}",
+        facts.state,
+        "" if facts.created_ns is None else _time(facts.created_ns),
+    )
+
+
+def _time(nanoseconds: int) -> str:
+    try:
+        time = datetime.datetime.fromtimestamp(nanoseconds // 10**9, datetime.UTC)
+    except (OverflowError, ValueError):  # a claim of the file, for people only
+        return f"{nanoseconds} ns"
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _holder(pid: int | None) -> str:
+    # Not every system tells, so that nobody known is not nobody.
+    return "no known holder" if pid is None else f"held by process {pid}"
+
+
+def _listing_lines(temporaries: Sequence[str], unknown: Sequence[str]) -> Iterator[str]:
+    for name in temporaries:
+        yield f"temporary   {name}"
+    for name in unknown:
+        yield f"unknown     {_one_line(name)}"
+
+
+# ---- verify ----
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    with (
+        open_store(arguments.directory) as directory,
+        Progress("reading", 0, "bytes") as progress,
+    ):
+        found = verification(directory, default_threads(), progress.report)
+    if arguments.json:
+        print(json.dumps(_verification_json(found), indent=2))
+    else:
+        for line in _verification_lines(found):
+            print(line)
+    return _judge(found.damage)
+
+
+def _verification_lines(found: Verification) -> Iterator[str]:
+    for check in found.files:
+        yield f"{check.name}  {check.size:,} bytes"
+        yield f"  checked {check.checked}"
+        if check.damage is not None:
+            yield f"  damaged at offset {check.damage.offset}: {check.damage.reason}"
+    yield from _listing_lines(found.temporaries, found.unknown)
+    if found.damage is not None:
+        yield "damaged: recovery refuses this store"
+        return
+    yield (
+        f"sound: {found.n_records:,} records with {found.user_data_size:,} bytes of "
+        f"user data, up to batch {found.sequence:,}"
+    )
+    if found.torn is not None and found.holder_pid is not None:
+        yield f"process {found.holder_pid} may be writing that torn tail right now"
+    elif found.torn is not None:
+        yield "the torn tail was never acknowledged; recovery drops it"
+
+
+def _verification_json(found: Verification) -> dict[str, object]:
+    return {
+        "path": found.path,
+        "sound": found.damage is None,
+        "damage": _damage_json(found.damage),
+        "n_records": found.n_records,
+        "user_data_size": found.user_data_size,
+        "sequence": found.sequence,
+        "torn": found.torn
+        and {
+            "name": str(found.torn[0]),
+            "offset": found.torn[1],
+            "size": found.torn[2],
+        },
+        "files": [_check_json(check) for check in found.files],
+        "temporaries": list(found.temporaries),
+        "unknown": list(found.unknown),
+        "holder_pid": found.holder_pid,
+    }
+
+
+def _check_json(check: FileCheck) -> dict[str, object]:
+    return {
+        "name": str(check.name),
+        "kind": check.name.kind,
+        "number": check.name.number,
+        "size": check.size,
+        "checked": check.checked,
+        "n_batches": check.n_batches,
+        "n_records": check.n_records,
+        "damage": _damage_json(check.damage),
+    }
+
+
+def _damage_json(damage: CorruptionError | None) -> dict[str, object] | None:
+    if damage is None:
+        return None
+    return {"path": damage.path, "offset": damage.offset, "reason": damage.reason}
+
+
+# ---- dump ----
+
+
+def _dump(arguments: argparse.Namespace) -> int:
+    with (
+        open_store(arguments.directory) as directory,
+        Progress("reading", 0, "bytes") as progress,
+    ):
+        found = inspection(directory, default_threads(), progress.report)
+    if found.recovered is None:
+        return _judge(found.damage)
+    line = (
+        '{{"key": {}, "value": {}, "user_data": "{}"}}\n'
+        if arguments.json
+        else ("{} {} {}\n")
+    )
+    for key, value, user_data in itertools.islice(found.recovered, arguments.limit):
+        sys.stdout.write(line.format(key, value, user_data.hex()))
+    return EXIT_FINE
+
+
+# ---- demo ----
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    return demo.run(
+        arguments.tree,
+        directory=arguments.directory,
+        threads=arguments.threads,
+        kills=arguments.kills,
+        keep=arguments.keep,
+        seed=arguments.seed,
+    )
+
+
+# ---- arguments ----
+
+
+def _number(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    return number
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="metastore",
+        description="A durable map for storage engines in Python: look into a store's "
+        "directory, or watch one survive a killed process.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(
+        name: str,
+        run: Callable[[argparse.Namespace], int],
+        help_line: str,
+        examples: str,
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=help_line,
+            description=help_line[0].upper() + help_line[1:] + ".",
+            epilog=f"examples:\n{examples}\n\n{_EPILOG}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=run)
+        return command
+
+    def add_on_store(
+        name: str,
+        run: Callable[[argparse.Namespace], int],
+        help_line: str,
+        examples: str,
+    ) -> argparse.ArgumentParser:
+        command = add(name, run, help_line, examples)
+        command.add_argument("directory", metavar="DIR", help="the store's directory")
+        return command
+
+    add_on_store(
+        "info",
+        _info,
+        "list the files of a store, without reading its records",
+        "  metastore info db",
+    )
+    verify = add_on_store(
+        "verify",
+        _verify,
+        "read everything in a store and say of each file what was checked",
+        "  metastore verify db\n  metastore verify --json db | jq .sound",
+    )
+    verify.add_argument("--json", action="store_true", help="print one JSON object")
+    dump = add_on_store(
+        "dump",
+        _dump,
+        "print the records, sorted by key, as lines of key, value, user data in hex",
+        "  metastore dump db\n  metastore dump --json --limit 10 db",
+    )
+    dump.add_argument(
+        "--json", action="store_true", help="print one JSON object a line"
+    )
+    dump.add_argument(
+        "--limit", type=_number(0), metavar="N", help="stop after N records"
+    )
+    _add_demo_arguments(
+        add(
+            "demo",
+            _demo,
+            "store real files, kill the process that does it, and compare every byte",
+            "  metastore demo\n  metastore demo --kills 5 --threads 16 /usr/share",
+        )
+    )
+    return parser
+
+
+def _add_demo_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "tree",
+        metavar="TREE",
+        nargs="?",
+        help="the directory whose files are stored (default: Python's standard library)",
+    )
+    command.add_argument(
+        "--directory",
+        metavar="DIR",
+        help="a new or empty directory to work in, which is kept (default: a temporary "
+        "one, which is removed)",
+    )
+    command.add_argument(
+        "--threads",
+        type=_number(1),
+        default=8,
+        metavar="N",
+        help="threads that commit (default: %(default)s)",
+    )
+    command.add_argument(
+        "--kills",
+        type=_number(0),
+        default=1,
+        metavar="N",
+        help="how often the process is killed (default: %(default)s)",
+    )
+    command.add_argument(
+        "--keep", action="store_true", help="keep the temporary directory"
+    )
+    command.add_argument(
+        "--seed",
+        type=_number(0),
+        metavar="N",
+        help="kill at the moments that an earlier run printed this seed for",
+    )
+
+
+# ---- main ----
+
+
+def _one_line(text: str) -> str:
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def _complain(text: str) -> None:
+    print(f"metastore: {_one_line(text)}", file=sys.stderr)
+
+
+def _judge(damage: MetastoreError | None) -> int:
+    if damage is None:
+        return EXIT_FINE
+    _complain(str(damage))
+    return EXIT_DAMAGE
+
+
+def _text(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    if isinstance(error, OSError) and not isinstance(error, MetastoreError):
+        where = "" if error.filename is None else f" ({os.fsdecode(error.filename)})"
+        return f"{error.strerror or error}{where}"
+    return str(error)
+
+
+def _close_output() -> None:
+    """Give up on output that cannot be written, or Python complains when it exits."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        The command line without the program's name; default is that of the process.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files are bytes: not each is text, or text that this output can say.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        parsed = _parser().parse_args(arguments)
+        status: int = parsed.run(parsed)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return EXIT_OUTPUT_CLOSED
+    except CorruptionError as error:
+        _complain(_text(error))
+        return EXIT_DAMAGE
+    except (MetastoreError, OSError, MemoryError) as error:
+        _complain(_text(error))
+        return EXIT_ERROR
+    finally:
+        _close_output()

@@ -1,0 +1,278 @@
+"""Records as columns: what recovery returns and compaction merges."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from metastore import _merge
+from metastore.parallel import ordered_map
+
+if TYPE_CHECKING:
+    from metastore.report import RecoveryReport
+
+__all__ = [
+    "Columns",
+    "Recovered",
+    "concatenate",
+    "merge",
+    "sort_last_wins",
+]
+
+Uint64s = npt.NDArray[np.uint64]
+Uint8s = npt.NDArray[np.uint8]
+Record = tuple[int, int, bytes]
+
+#: Iteration converts this many records at a time.
+_ITERATION_RECORDS = 16_384
+#: Below this many records a merge is not worth a second thread.
+_MERGE_RECORDS_PER_THREAD = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Columns:
+    """Records side by side.
+
+    Parameters
+    ----------
+    keys, values : ndarray of uint64, shape (n,)
+        A value of 0 is a tombstone.
+    offsets : ndarray of uint64, shape (n + 1,)
+        Record i's user data is ``user_data[offsets[i]:offsets[i + 1]]``.
+    user_data : ndarray of uint8
+        Bytes beside the records; a slice shares those of the whole.
+    """
+
+    keys: Uint64s
+    values: Uint64s
+    offsets: Uint64s
+    user_data: Uint8s
+
+    @classmethod
+    def allocate(cls, n_records: int, user_data_size: int) -> Columns:
+        """Return columns of these sizes to be filled; the first offset is 0."""
+        columns = cls(
+            np.empty(n_records, dtype=np.uint64),
+            np.empty(n_records, dtype=np.uint64),
+            np.empty(n_records + 1, dtype=np.uint64),
+            np.empty(user_data_size, dtype=np.uint8),
+        )
+        columns.offsets[0] = 0
+        return columns
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def user_data_size(self) -> int:
+        """Bytes of user data of these records."""
+        return int(self.offsets[-1]) - int(self.offsets[0])
+
+    def part(self, start: int, stop: int) -> Columns:
+        """Return the records from `start` to `stop`, without a copy."""
+        return Columns(
+            self.keys[start:stop],
+            self.values[start:stop],
+            self.offsets[start : stop + 1],
+            self.user_data,
+        )
+
+    def target(
+        self, start: int, stop: int, data_start: int, data_stop: int
+    ) -> tuple[Uint64s, Uint64s, Uint64s, Uint8s]:
+        """Return the views that a kernel fills: keys, values, ends, user data."""
+        return (
+            self.keys[start:stop],
+            self.values[start:stop],
+            self.offsets[start + 1 : stop + 1],
+            self.user_data[data_start:data_stop],
+        )
+
+    def arrays(self) -> tuple[Uint64s, Uint64s, Uint64s, Uint8s]:
+        """Return keys, values, offsets, user data."""
+        return self.keys, self.values, self.offsets, self.user_data
+
+
+def concatenate(parts: list[Columns]) -> Columns:
+    """Join columns one behind the other, and empty the list on the way.
+
+    Each column is freed as soon as it is copied, so that the peak is one column more
+    than the result.
+    """
+    if len(parts) == 1 and parts[0].offsets[0] == 0:
+        return parts.pop()
+    if not parts:
+        return Columns.allocate(0, 0)
+    taken = [list(part.arrays()) for part in parts]
+    parts.clear()
+    sizes = [int(part[2][-1]) - int(part[2][0]) for part in taken]
+    starts = [int(part[2][0]) for part in taken]
+    joined: list[Any] = []
+    for column in range(2):
+        joined.append(np.concatenate([part[column] for part in taken]))
+        for part in taken:
+            part[column] = joined[-1][:0]
+    offsets = np.empty(len(joined[0]) + 1, dtype=np.uint64)
+    offsets[0] = 0
+    at, base = 1, 0
+    for part, start, size in zip(taken, starts, sizes, strict=True):
+        n = len(part[2]) - 1
+        np.add(part[2][1:], np.uint64((base - start) % 2**64), out=offsets[at : at + n])
+        at, base = at + n, base + size
+        part[2] = offsets[:0]
+    user_data = np.concatenate(
+        [
+            part[3][start : start + size]
+            for part, start, size in zip(taken, starts, sizes, strict=True)
+        ]
+    )
+    return Columns(joined[0], joined[1], offsets, user_data)
+
+
+def sort_last_wins(columns: Columns) -> Columns:
+    """Return the records sorted by key; of equal keys the last stays, tombstones too."""
+    if _merge.is_increasing(columns.keys):
+        return columns
+    keys, order = _merge.sort_last_wins(columns.keys)
+    values = _merge.gather(columns.values, order)
+    offsets, user_data = _merge.gather_user_data(
+        columns.offsets, columns.user_data, order
+    )
+    return Columns(keys, values, offsets, user_data)
+
+
+def merge(old: Columns, new: Columns, threads: int = 1) -> Columns:
+    """Merge two runs of strictly increasing keys; `new` wins, its tombstones delete."""
+    if len(new) == 0 and old.offsets[0] == 0:
+        return old
+    if len(old) == 0 and new.offsets[0] == 0 and bool(new.values.all()):
+        return new
+    n_ranges = min(threads, 1 + (len(old) + len(new)) // _MERGE_RECORDS_PER_THREAD)
+    longer = new if len(new) > len(old) else old
+    cuts = [longer.keys[len(longer) * i // n_ranges] for i in range(1, n_ranges)]
+    old_cuts = [0, *np.searchsorted(old.keys, cuts).tolist(), len(old)]
+    new_cuts = [0, *np.searchsorted(new.keys, cuts).tolist(), len(new)]
+    ranges = [
+        (old.part(*old_cuts[i : i + 2]), new.part(*new_cuts[i : i + 2]))
+        for i in range(n_ranges)
+    ]
+
+    def measure(pair: tuple[Columns, Columns]) -> tuple[int, int]:
+        before, after = pair
+        return _merge.merge_size(
+            before.keys, before.offsets, after.keys, after.values, after.offsets
+        )
+
+    sizes = list(ordered_map(measure, ranges, n_ranges))
+    merged = Columns.allocate(sum(n for n, _ in sizes), sum(size for _, size in sizes))
+    jobs = []
+    at = data_at = 0
+    for (before, after), (n, size) in zip(ranges, sizes, strict=True):
+        out = merged.target(at, at + n, data_at, data_at + size)
+        jobs.append((before.arrays(), after.arrays(), out, data_at))
+        at, data_at = at + n, data_at + size
+    for _ in ordered_map(lambda job: _merge.merge_into(*job), jobs, n_ranges):
+        pass
+    return merged
+
+
+class Recovered(Sequence[Record]):
+    """What a recovery returned: records sorted by key, over read-only arrays.
+
+    A sequence of ``(key, value, user_data)``, of types int, int and bytes. The arrays
+    are the fast way in; they stay valid after the store was shut down. Thread-safe.
+    """
+
+    def __init__(self, columns: Columns, report: RecoveryReport) -> None:
+        for array in columns.arrays():
+            array.flags.writeable = False
+        self._columns = columns
+        self._report = report
+
+    @property
+    def keys(self) -> Uint64s:
+        """Keys, strictly increasing: uint64, shape (n,), read-only."""
+        return self._columns.keys
+
+    @property
+    def values(self) -> Uint64s:
+        """Values, none of them 0: uint64, shape (n,), read-only."""
+        return self._columns.values
+
+    @property
+    def offsets(self) -> Uint64s:
+        """Offsets into `user_data`, from 0 on: uint64, shape (n + 1,), read-only.
+
+        Record i's user data is ``user_data[offsets[i]:offsets[i + 1]]``: the layout
+        that Arrow calls variable-size binary.
+        """
+        return self._columns.offsets
+
+    @property
+    def user_data(self) -> Uint8s:
+        """User data of all records, back to back: uint8, shape (m,), read-only."""
+        return self._columns.user_data
+
+    @property
+    def report(self) -> RecoveryReport:
+        """What the recovery met; ``print(recovered.report)`` tells a person."""
+        return self._report
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    def _user_data_of(self, i: int) -> bytes:
+        start, stop = self.offsets[i : i + 2].tolist()
+        return self.user_data[start:stop].tobytes()
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        """Return a record, or a list of them for a slice."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = range(len(self))[index]
+        return int(self.keys[i]), int(self.values[i]), self._user_data_of(i)
+
+    def __iter__(self) -> Iterator[Record]:
+        for start in range(0, len(self), _ITERATION_RECORDS):
+            stop = min(start + _ITERATION_RECORDS, len(self))
+            offsets = self.offsets[start : stop + 1].tolist()
+            first = offsets[0]
+            data = self.user_data[first : offsets[-1]].tobytes()
+            pairs = zip(offsets, offsets[1:], strict=False)
+            for key, value, (low, high) in zip(
+                self.keys[start:stop].tolist(),
+                self.values[start:stop].tolist(),
+                pairs,
+                strict=True,
+            ):
+                yield key, value, data[low - first : high - first]
+
+    def _find(self, key: object) -> int | None:
+        try:
+            wanted = np.uint64(key)  # type: ignore[call-overload]  # any object is asked for
+        except (OverflowError, TypeError, ValueError):
+            return None
+        if wanted != key:
+            return None
+        i = int(np.searchsorted(self.keys, wanted))
+        return i if i < len(self) and self.keys[i] == wanted else None
+
+    def get(self, key: int) -> tuple[int, bytes] | None:
+        """Return value and user data of `key`, or None; a binary search."""
+        i = self._find(key)
+        return None if i is None else (int(self.values[i]), self._user_data_of(i))
+
+    def __contains__(self, key: object) -> bool:
+        """Return whether `key` is there."""
+        return self._find(key) is not None
+
+    def __repr__(self) -> str:
+        return f"<Recovered: {len(self):,} records, {len(self.user_data):,} bytes>"

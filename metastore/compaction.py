@@ -1,0 +1,345 @@
+"""Compaction: a snapshot and the sealed logs behind it become a newer snapshot.
+
+``plan_jobs`` decides from the index and the keys of the run which blocks are copied as
+they are; ``compact`` does it, in bounded memory; ``Compactor`` is the thread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from metastore.columns import Columns, Uint64s, concatenate, merge, sort_last_wins
+from metastore.directory import DirectoryProtocol, FileName, FileProtocol
+from metastore.errors import CorruptionError
+from metastore.format import (
+    BLOCK_RECORDS_TARGET,
+    BLOCK_USER_DATA_SIZE_MAX,
+    FILE_HEADER_SIZE,
+    INDEX_DTYPE,
+    KIND_BLOCK,
+    FileHeader,
+)
+from metastore.frames import encode
+from metastore.log import read_log
+from metastore.parallel import ordered_map
+from metastore.snapshot import SnapshotReader, SnapshotWriter, split_into_blocks
+
+__all__ = ["Compactor", "Job", "compact", "plan_jobs"]
+
+#: A block with fewer records, and few bytes, is joined with its neighbour.
+_BLOCK_RECORDS_MIN = BLOCK_RECORDS_TARGET // 2
+_BLOCK_USER_DATA_SIZE_MIN = BLOCK_USER_DATA_SIZE_MAX // 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Blocks ``block_start:block_stop`` of the snapshot and ``run_start:run_stop``.
+
+    Blocks with no records of the run are copied verbatim; else both are merged.
+    """
+
+    block_start: int
+    block_stop: int
+    run_start: int
+    run_stop: int
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether nothing has to be decoded."""
+        return self.run_start == self.run_stop and not self.is_join
+
+    is_join: bool = False
+
+
+def _cut(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Cut a range into about equal pieces of at most a block's records."""
+    n_pieces = -(-(stop - start) // BLOCK_RECORDS_TARGET)
+    cuts = [start + (stop - start) * i // n_pieces for i in range(n_pieces + 1)]
+    yield from zip(cuts, cuts[1:], strict=False)
+
+
+def _units(index: npt.NDArray[np.void], run_keys: Uint64s) -> Iterator[Job]:
+    """Give each block its part of the run; many records between blocks stand alone."""
+    starts = np.searchsorted(run_keys, index["first_key"], side="left").tolist()
+    stops = np.searchsorted(run_keys, index["last_key"], side="right").tolist()
+    at = 0
+    for block in range(len(index)):
+        if starts[block] - at >= _BLOCK_RECORDS_MIN:
+            for start, stop in _cut(at, starts[block]):
+                yield Job(block, block, start, stop)
+            at = starts[block]
+        yield Job(block, block + 1, at, stops[block])
+        at = stops[block]
+    if at < len(run_keys):
+        for start, stop in _cut(at, len(run_keys)):
+            yield Job(len(index), len(index), start, stop)
+
+
+def plan_jobs(index: npt.NDArray[np.void], run_keys: Uint64s) -> Iterator[Job]:
+    """Cut a compaction into jobs, in key order, that need nothing of each other.
+
+    Neighbours that are small are joined, so that blocks do not crumble.
+
+    Parameters
+    ----------
+    index : ndarray of INDEX_DTYPE
+        That of the old snapshot.
+    run_keys : ndarray of uint64
+        The sorted keys of the run.
+    """
+    n_records = index["n_records"].tolist()
+    sizes = index["user_data_size"].tolist()
+    joined: Job | None = None  # small so far, may take in its neighbour
+    copied: Job | None = None
+    joined_records = 0
+    for unit in _units(index, run_keys):
+        n = unit.run_stop - unit.run_start
+        size = 0
+        if unit.block_stop > unit.block_start:
+            n += n_records[unit.block_start]
+            size = sizes[unit.block_start]
+        is_small = n < _BLOCK_RECORDS_MIN and size < _BLOCK_USER_DATA_SIZE_MIN
+        if joined is None and unit.is_copy and not is_small:
+            copied = _extend(copied, unit)
+            continue
+        if joined is not None and (is_small or not unit.is_copy):
+            joined = dataclasses.replace(_extend(joined, unit), is_join=True)
+            joined_records += n
+        else:
+            if joined is not None:  # a large untouched block stands behind it
+                yield from _flush(copied, joined)
+                joined, joined_records = None, 0
+                copied = unit
+                continue
+            joined, joined_records = unit, n
+        if joined_records >= _BLOCK_RECORDS_MIN or not is_small:
+            yield from _flush(copied, joined)
+            joined, copied, joined_records = None, None, 0
+    yield from _flush(copied, joined)
+
+
+def _extend(job: Job | None, unit: Job) -> Job:
+    if job is None:
+        return unit
+    return dataclasses.replace(
+        job, block_stop=unit.block_stop, run_stop=unit.run_stop
+    )
+
+
+def _flush(copied: Job | None, joined: Job | None) -> Iterator[Job]:
+    if copied is not None and joined is not None and joined.is_copy:
+        yield _extend(copied, joined)
+        return
+    if copied is not None:
+        yield copied
+    if joined is not None:
+        yield joined
+
+
+def compact(
+    directory: DirectoryProtocol,
+    store_id: bytes,
+    snapshot: FileName | None,
+    logs: Sequence[tuple[FileName, int]],
+    sequence: int,
+    *,
+    level: int,
+    threads: int,
+) -> tuple[FileName, int]:
+    """Write, publish and verify a snapshot of `snapshot` and `logs`, then remove those.
+
+    Parameters
+    ----------
+    directory : DirectoryProtocol
+        The directory.
+    store_id : bytes
+        That of the store.
+    snapshot : FileName or None
+        The newest snapshot.
+    logs : sequence of (FileName, int)
+        Every log behind it that is to be contained, with its first sequence; sealed,
+        or bounded by the next.
+    sequence : int
+        The last sequence that those logs hold.
+    level : int
+        The compression level of zstd.
+    threads : int
+        How many threads decode, merge and encode.
+
+    Returns
+    -------
+    name : FileName
+        The new snapshot; durable.
+    size : int
+        Its size in bytes.
+    """
+    name = FileName("snapshot", logs[-1][0].number)
+    run = _read_run(directory, store_id, logs, sequence, threads)
+    reader = _open_snapshot(directory, snapshot) if snapshot else None
+    writer = SnapshotWriter(directory, name, store_id, sequence)
+    try:
+        _write_jobs(writer, reader, run, level, threads)
+        size = writer.publish()
+    finally:
+        writer.close()
+    # Nothing is removed before what contains it was read back.
+    _open_snapshot(directory, name).check_payloads(threads)
+    for old in [*(log for log, _ in logs), *([snapshot] if snapshot else [])]:
+        directory.remove(str(old))
+    directory.sync()
+    return name, size
+
+
+def _open_snapshot(directory: DirectoryProtocol, name: FileName) -> SnapshotReader:
+    file = directory.open(str(name))
+    try:
+        return SnapshotReader(file, _header_of(file, name))
+    finally:
+        file.close()
+
+
+def _header_of(file: FileProtocol, name: FileName) -> FileHeader:
+    data = bytes(file.read(0, FILE_HEADER_SIZE))
+    return FileHeader.unpack(data, name.kind, name.number, file.path)
+
+
+def _read_run(
+    directory: DirectoryProtocol,
+    store_id: bytes,
+    logs: Sequence[tuple[FileName, int]],
+    sequence: int,
+    threads: int,
+) -> Columns:
+    """Return the records of all logs, sorted, tombstones included."""
+    parts: list[Columns] = []
+    bounds = [first for _, first in logs[1:]] + [sequence + 1]
+    for (name, first), bound in zip(logs, bounds, strict=True):
+        file = directory.open(str(name))
+        try:
+            header = _header_of(file, name)
+            if header.store_id != store_id or header.sequence != first:
+                raise CorruptionError(file.path, 0, "the log was exchanged for another")
+            content = read_log(file, header, bound=bound, threads=threads)
+        finally:
+            file.close()
+        if content.damage is not None:
+            raise content.damage
+        parts += content.parts
+    return sort_last_wins(concatenate(parts))
+
+
+def _write_jobs(
+    writer: SnapshotWriter,
+    reader: SnapshotReader | None,
+    run: Columns,
+    level: int,
+    threads: int,
+) -> None:
+    index = reader.index if reader else np.zeros(0, dtype=INDEX_DTYPE)
+
+    def work(job: Job) -> Job | list[tuple[Columns, bytearray]]:
+        if job.is_copy:
+            return job
+        old = [
+            reader.read_block(block)
+            for block in range(job.block_start, job.block_stop)
+            if reader
+        ]
+        merged = merge(concatenate(old), run.part(job.run_start, job.run_stop))
+        if len(merged) and not merged.values.all():
+            merged = merge(Columns.allocate(0, 0), merged)
+        return [
+            (part, encode(KIND_BLOCK, part, level)) for part in split_into_blocks(merged)
+        ]
+
+    for done in ordered_map(work, plan_jobs(index, run.keys), threads):
+        if isinstance(done, Job):
+            assert reader is not None
+            writer.copy_blocks(reader, done.block_start, done.block_stop)
+            continue
+        for columns, frame in done:
+            writer.put_block(columns, frame)
+
+
+class Compactor:
+    """The one background thread: it runs tasks in order until it is stopped.
+
+    Parameters
+    ----------
+    on_failure : callable
+        Told the exception of a task; no task runs after it.
+    inline : bool
+        Without a thread: tasks run in the caller, so that tests are deterministic.
+    """
+
+    def __init__(
+        self, on_failure: Callable[[BaseException], None], inline: bool = False
+    ) -> None:
+        self._on_failure = on_failure
+        self._changed = threading.Condition()
+        self._tasks: list[Callable[[], Any]] = []
+        self._is_busy = False
+        self._is_stopping = False
+        self._thread: threading.Thread | None = None
+        if not inline:
+            # A daemon, since interpreter exit must not wait for a forgotten store.
+            self._thread = threading.Thread(
+                target=self._work, name="metastore-compactor", daemon=True
+            )
+            self._thread.start()
+
+    def submit(self, task: Callable[[], Any]) -> None:
+        """Queue a task."""
+        with self._changed:
+            if self._is_stopping:
+                return
+            self._tasks.append(task)
+            self._changed.notify_all()
+        if self._thread is None:
+            self._run_next()
+
+    def wait_idle(self) -> None:
+        """Return when every task submitted so far has ended."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._tasks and not self._is_busy)
+
+    def stop(self) -> None:
+        """Let a running task end, drop those that wait, end the thread; idempotent."""
+        with self._changed:
+            self._is_stopping = True
+            self._tasks.clear()
+            self._changed.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._tasks or self._is_stopping)
+                if not self._tasks:
+                    return
+            self._run_next()
+
+    def _run_next(self) -> None:
+        with self._changed:
+            if not self._tasks:
+                return
+            task = self._tasks.pop(0)
+            self._is_busy = True
+        try:
+            task()
+        except BaseException as error:
+            self._on_failure(error)
+            with self._changed:
+                self._is_stopping = True
+                self._tasks.clear()
+        finally:
+            with self._changed:
+                self._is_busy = False
+                self._changed.notify_all()

@@ -1,0 +1,388 @@
+"""The directory of a store: names, the lock, and every durability system call.
+
+No other module parses a name or calls the operating system for something that has to
+survive a crash. Tests put a simulated directory with the same methods in its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import mmap
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Protocol
+
+from metastore.errors import StoreLockedError
+from metastore.format import NUMBER_MAX
+
+__all__ = [
+    "QUARANTINE",
+    "WARNING",
+    "Buffer",
+    "Directory",
+    "DirectoryProtocol",
+    "File",
+    "FileProtocol",
+    "FileName",
+    "Listing",
+    "parse_listing",
+    "publish",
+]
+
+Buffer = bytes | bytearray | memoryview
+
+WARNING = "DO_NOT_PUT_YOUR_FILES_HERE"
+QUARANTINE = "quarantine"
+
+_NAME = re.compile(r"(log|snapshot)_([0-9a-f]{16})(\.tmp)?")
+_TEMPORARY_SUFFIX = ".tmp"
+#: Linux takes at most 1,024 buffers in one call.
+_BUFFERS_MAX = 1024
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class FileName:
+    """What the name of a log or a snapshot says (docs/format.md, section 1)."""
+
+    kind: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}_{self.number:016x}"
+
+    @property
+    def temporary(self) -> str:
+        """The name until the file is published."""
+        return f"{self}{_TEMPORARY_SUFFIX}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """The names in a directory, by what they mean; numbers ascend."""
+
+    snapshots: tuple[FileName, ...]
+    logs: tuple[FileName, ...]
+    temporaries: tuple[str, ...]
+    unknown: tuple[str, ...]
+    #: The greatest number in any name of ours, a directory's among them; else 0.
+    number_max: int
+
+
+def parse_listing(names: Sequence[tuple[str, bool]]) -> Listing:
+    """Sort the names of a directory.
+
+    Parameters
+    ----------
+    names : sequence of (str, bool)
+        Each name, and whether it is a regular file.
+    """
+    found: dict[str, list[FileName]] = {"log": [], "snapshot": []}
+    temporaries = []
+    unknown = []
+    number_max = 0
+    for name, is_file in sorted(names):
+        match = _NAME.fullmatch(name)
+        number = int(match[2], 16) if match else 0
+        if match is None or not 1 <= number <= NUMBER_MAX:
+            if name not in (WARNING, QUARANTINE):
+                unknown.append(name)
+            continue
+        number_max = max(number_max, number)
+        if not is_file:
+            unknown.append(name)
+        elif match[3]:
+            temporaries.append(name)
+        else:
+            found[match[1]].append(FileName(match[1], number))
+    return Listing(
+        snapshots=tuple(sorted(found["snapshot"])),
+        logs=tuple(sorted(found["log"])),
+        temporaries=tuple(temporaries),
+        unknown=tuple(unknown),
+        number_max=number_max,
+    )
+
+
+class FileProtocol(Protocol):
+    """What the store asks of a file; offsets and sizes in bytes."""
+
+    @property
+    def path(self) -> str:
+        """The file as errors name it."""
+        ...
+
+    def size(self) -> int:
+        """Return the size of the file now."""
+        ...
+
+    def read(self, offset: int, size: int) -> Buffer:
+        """Return the `size` bytes at `offset`, fewer only at the end of the file."""
+        ...
+
+    def view(self) -> memoryview:
+        """Return the whole file, read-only; valid as long as it is referenced."""
+        ...
+
+    def write(self, buffers: Sequence[Buffer], offset: int) -> None:
+        """Write `buffers` one after another at `offset`, whole or raise."""
+        ...
+
+    def sync(self) -> None:
+        """Make everything written to this file durable, or raise."""
+        ...
+
+    def drop_cache(self) -> None:
+        """Ask that later reads come from the medium, where the system can."""
+        ...
+
+    def close(self) -> None:
+        """Give the descriptor back; idempotent."""
+        ...
+
+
+class DirectoryProtocol(Protocol):
+    """What the store asks of a directory. Names are relative to it."""
+
+    @property
+    def path(self) -> str:
+        """The directory as errors name it."""
+        ...
+
+    def lock(self) -> None:
+        """Take the exclusive lock at once, or raise StoreLockedError."""
+        ...
+
+    def names(self) -> list[tuple[str, bool]]:
+        """Return each name, and whether it is a regular file."""
+        ...
+
+    def open(self, name: str) -> FileProtocol:
+        """Open a file for reading and syncing."""
+        ...
+
+    def create(self, name: str) -> FileProtocol:
+        """Create a file, or empty an old one, for writing."""
+        ...
+
+    def rename(self, old: str, new: str) -> None:
+        """Rename atomically; durable after :meth:`sync`."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Remove a file; durable after :meth:`sync`."""
+        ...
+
+    def sync(self) -> None:
+        """Make created, renamed and removed names durable, or raise."""
+        ...
+
+    def subdirectory(self, name: str) -> DirectoryProtocol:
+        """Open the directory `name` in this one; it is created, and synced, if missing."""
+        ...
+
+    def move(self, name: str, other: DirectoryProtocol, new: str) -> None:
+        """Rename a file into `other`; durable after both were synced, `other` first."""
+        ...
+
+    def close(self) -> None:
+        """Give the descriptor, and with it the lock, back; idempotent."""
+        ...
+
+
+class File:
+    """An open file of a real directory. Reads and writes are thread-safe."""
+
+    def __init__(self, descriptor: int, path: str) -> None:
+        self._descriptor = descriptor
+        self.path = path
+
+    def size(self) -> int:
+        """Return the size of the file now, in bytes."""
+        return os.fstat(self._descriptor).st_size
+
+    def read(self, offset: int, size: int) -> Buffer:
+        """Return the `size` bytes at `offset`, fewer only at the end of the file."""
+        parts = []
+        while size > 0:
+            part = os.pread(self._descriptor, size, offset)
+            if not part:
+                break
+            parts.append(part)
+            offset += len(part)
+            size -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def view(self) -> memoryview:
+        """Return the whole file as a read-only map."""
+        size = self.size()
+        if size == 0:  # an empty file cannot be mapped
+            return memoryview(b"")
+        mapped = mmap.mmap(self._descriptor, size, prot=mmap.PROT_READ)
+        return memoryview(mapped)
+
+    def write(self, buffers: Sequence[Buffer], offset: int) -> None:
+        """Write `buffers` one after another at `offset`, whole or raise."""
+        if len(buffers) == 1:
+            self._write_one(memoryview(buffers[0]).cast("B"), offset)
+            return
+        for start in range(0, len(buffers), _BUFFERS_MAX):
+            some = buffers[start : start + _BUFFERS_MAX]
+            size = sum(len(buffer) for buffer in some)
+            written = os.pwritev(self._descriptor, some, offset)
+            if written < size:  # short: above 2 GiB, or when the disk fills up
+                rest = memoryview(b"".join(some))[written:]
+                self._write_one(rest, offset + written)
+            offset += size
+
+    def _write_one(self, view: memoryview, offset: int) -> None:
+        while view:
+            written = os.pwrite(self._descriptor, view, offset)
+            if written == 0:
+                raise OSError(errno.EIO, "write made no progress", self.path)
+            view = view[written:]
+            offset += written
+
+    def sync(self) -> None:
+        """Make everything written to this file durable, or raise."""
+        if sys.platform == "darwin":
+            fcntl.fcntl(self._descriptor, fcntl.F_FULLFSYNC)
+        else:
+            os.fdatasync(self._descriptor)
+
+    def drop_cache(self) -> None:
+        """Ask that later reads come from the medium, where the system can."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        """Give the descriptor back; idempotent. Maps stay valid."""
+        if self._descriptor >= 0:
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)
+
+
+class Directory:
+    """A real directory, held open: renaming it or changing the working directory is harmless."""
+
+    def __init__(self, descriptor: int, path: str) -> None:
+        self._descriptor = descriptor
+        self.path = path
+
+    @classmethod
+    def open_or_create(cls, path: str) -> Directory:
+        """Open the directory `path`; if it is missing, create it and make that durable."""
+        missing = []
+        parent = os.path.normpath(path)
+        while not os.path.lexists(parent):
+            missing.append(parent)
+            parent = os.path.dirname(parent) or "."
+        for name in reversed(missing):
+            os.mkdir(name)
+            with contextlib.closing(cls.open_existing(os.path.dirname(name) or ".")) as above:
+                above.sync()
+        return cls.open_existing(path)
+
+    @classmethod
+    def open_existing(cls, path: str) -> Directory:
+        """Open the directory `path`, which must exist."""
+        return cls(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), path)
+
+    def lock(self) -> None:
+        """Take the exclusive lock at once, or raise StoreLockedError."""
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise StoreLockedError(self.path, self._lock_holder()) from None
+            raise OSError(
+                error.errno,
+                f"{os.strerror(error.errno or 0)}: this file system cannot lock "
+                "a directory, and without the lock a store is not safe",
+                self.path,
+            ) from error
+
+    def _lock_holder(self) -> int | None:
+        status = os.fstat(self._descriptor)
+        device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+        wanted = f"{device}:{status.st_ino}"
+        try:
+            with open("/proc/locks", encoding="ascii") as lines:
+                for line in lines:
+                    fields = line.split()
+                    if fields[1:2] == ["FLOCK"] and fields[5:6] == [wanted]:
+                        return int(fields[4])
+        except OSError:  # only a courtesy: not every system tells
+            pass
+        return None
+
+    def names(self) -> list[tuple[str, bool]]:
+        """Return each name, and whether it is a regular file (a link is not)."""
+        with os.scandir(self._descriptor) as found:
+            return [(item.name, item.is_file(follow_symlinks=False)) for item in found]
+
+    def open(self, name: str) -> File:
+        """Open a file for reading and syncing."""
+        return self._open(name, os.O_RDONLY | os.O_NOFOLLOW)
+
+    def create(self, name: str) -> File:
+        """Create a file, or empty an old one, for writing."""
+        return self._open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)
+
+    def _open(self, name: str, flags: int) -> File:
+        path = os.path.join(self.path, name)
+        try:
+            descriptor = os.open(
+                name, flags | os.O_CLOEXEC, 0o666, dir_fd=self._descriptor
+            )
+        except OSError as error:
+            error.filename = path
+            raise
+        return File(descriptor, path)
+
+    def rename(self, old: str, new: str) -> None:
+        """Rename atomically; durable after :meth:`sync`."""
+        here = self._descriptor
+        os.rename(old, new, src_dir_fd=here, dst_dir_fd=here)
+
+    def remove(self, name: str) -> None:
+        """Remove a file; durable after :meth:`sync`."""
+        os.unlink(name, dir_fd=self._descriptor)
+
+    def sync(self) -> None:
+        """Make created, renamed and removed names durable, or raise."""
+        os.fsync(self._descriptor)
+
+    def subdirectory(self, name: str) -> Directory:
+        """Open the directory `name` in this one; it is created, and synced, if missing."""
+        try:
+            os.mkdir(name, dir_fd=self._descriptor)
+        except FileExistsError:
+            pass
+        self.sync()
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        descriptor = os.open(name, flags, dir_fd=self._descriptor)
+        return Directory(descriptor, os.path.join(self.path, name))
+
+    def move(self, name: str, other: DirectoryProtocol, new: str) -> None:
+        """Rename a file into `other`; durable after both were synced, `other` first."""
+        assert isinstance(other, Directory)
+        os.rename(
+            name, new, src_dir_fd=self._descriptor, dst_dir_fd=other._descriptor
+        )
+
+    def close(self) -> None:
+        """Give the descriptor, and with it the lock, back; idempotent."""
+        if self._descriptor >= 0:
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)
+
+
+def publish(directory: DirectoryProtocol, name: FileName) -> None:
+    """Rename a synced temporary file to its final name, and make the name durable."""
+    directory.rename(name.temporary, str(name))
+    directory.sync()

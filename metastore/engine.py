@@ -1,0 +1,408 @@
+"""The running store: active log, rotation, compaction, the sticky error.
+
+``MetadataStore`` in store.py is the face of this; the engine knows nothing of
+arguments, and the compaction thread holds it, not the face.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import secrets
+import threading
+import time
+import weakref
+from collections.abc import Callable
+
+from metastore.columns import Recovered
+from metastore.compaction import Compactor, compact
+from metastore.directory import WARNING, DirectoryProtocol, FileName, FileProtocol
+from metastore.errors import (
+    CorruptionError,
+    StoreClosedError,
+    StoreFailedError,
+)
+from metastore.format import FILE_HEADER_SIZE, NUMBER_MAX, STORE_ID_SIZE
+from metastore.group_commit import GroupCommit, Request
+from metastore.log import LogWriter, prepare_log
+from metastore.parallel import default_threads
+from metastore.recovery import (
+    Content,
+    Progress,
+    make_report,
+    read_directory,
+    remove_obsolete,
+    settle,
+)
+from metastore.report import StoreStats
+
+__all__ = ["Engine", "Options", "open_engine"]
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """The checked options of ``MetadataStore.recover``."""
+
+    log_size_bytes_min: int = 65_536
+    compression_level: int = 1
+    threads: int | None = None
+    progress: Progress | None = None
+    on_damage: str = "raise"
+    #: For tests: no background thread.
+    inline: bool = False
+
+    @property
+    def n_threads(self) -> int:
+        """How many threads decode and encode."""
+        return self.threads or default_threads()
+
+
+@dataclasses.dataclass(frozen=True)
+class _SealedLog:
+    name: FileName
+    sequence: int  # of its first batch
+    size: int
+
+
+def open_engine(
+    directory: DirectoryProtocol, options: Options
+) -> tuple[Engine, Recovered]:
+    """Lock and recover a directory and open a new log in it."""
+    started = time.perf_counter()
+    directory.lock()
+    # A name that is seen may not be durable yet; what follows relies on names.
+    if (WARNING, True) not in directory.names():
+        directory.create(WARNING).close()
+    directory.sync()
+    content = read_directory(
+        directory,
+        on_damage=options.on_damage,
+        threads=options.n_threads,
+        progress=options.progress,
+    )
+    number = content.plan.listing.number_max + 1
+    if number > NUMBER_MAX:
+        raise CorruptionError(directory.path, 0, "file numbers are used up")
+    quarantined = settle(directory, content)
+    store_id = content.plan.store_id or secrets.token_bytes(STORE_ID_SIZE)
+    name = FileName("log", number)
+    log = LogWriter(directory, name, store_id, content.sequence + 1)
+    try:
+        removed = remove_obsolete(directory, content)
+        report = make_report(
+            directory,
+            content,
+            quarantined=quarantined,
+            removed=removed,
+            seconds=time.perf_counter() - started,
+        )
+        if not report.is_clean:
+            _logger.warning("%s", report)
+        engine = Engine(directory, options, store_id, content, log)
+    except BaseException:
+        log.close()
+        raise
+    return engine, Recovered(content.columns, report)
+
+
+class Engine:
+    """Commits, rotates and compacts. Thread-safe; made by :func:`open_engine`."""
+
+    def __init__(
+        self,
+        directory: DirectoryProtocol,
+        options: Options,
+        store_id: bytes,
+        content: Content,
+        log: LogWriter,
+    ) -> None:
+        self._directory = directory
+        self._options = options
+        self._store_id = store_id
+        self._log = log
+        self._durable = content.sequence
+        self._failure: BaseException | None = None
+        self._is_closed = False
+        self._is_forked = False
+        # Guards what the leader and the compaction thread both change.
+        self._mutex = threading.Lock()
+        self._prepare_mutex = threading.Lock()
+        self._prepared: tuple[FileName, FileProtocol] | None = None
+        self._snapshot = content.plan.snapshot
+        self._snapshot_size = content.snapshot.size if content.snapshot else 0
+        #: Sealed logs that wait for a compaction, and those that one has in hand.
+        self._sealed = [
+            _SealedLog(name, log.sequence - log.n_batches, log.end - FILE_HEADER_SIZE)
+            for name, log, _ in content.logs
+            if log.n_batches
+        ]
+        self._compacting: list[_SealedLog] = []
+        self._n_batches = self._n_writes = self._n_syncs = 0
+        self._n_rotations = self._n_compactions = 0
+        self._commits = GroupCommit(self._write_group)
+        self._compactor = Compactor(self._fail, options.inline)
+        _engines.add(self)
+        self._compactor.submit(self._prepare_next)
+        self._compact_if_due()
+
+    def __str__(self) -> str:
+        return f"the store in {self._directory.path}"
+
+    # ---- state ----
+
+    @property
+    def compression_level(self) -> int:
+        """The level of zstd for new frames."""
+        return self._options.compression_level
+
+    def check(self) -> None:
+        """Raise if the store cannot be written to."""
+        if self._is_forked:
+            raise StoreClosedError(
+                "the store belongs to the parent of this forked process: recover it "
+                f"here after that has shut it down ({self._directory.path})"
+            )
+        if self._is_closed:
+            raise StoreClosedError(f"the store was shut down ({self._directory.path})")
+        if self._failure is not None:
+            raise self._failed()
+
+    def _failed(self) -> StoreFailedError:
+        cause = self._failure
+        error = StoreFailedError(
+            f"the store failed: {cause}; whether batches in flight are durable shows at "
+            f"the next recovery: close it and recover it again ({self._directory.path})"
+        )
+        error.__cause__ = cause
+        return error
+
+    def _fail(self, error: BaseException) -> None:
+        """Keep the first failure; it is never cleared."""
+        with self._mutex:
+            if self._failure is None:
+                self._failure = error
+                _logger.error("the store failed (%s): %s", self._directory.path, error)
+
+    def stats(self) -> StoreStats:
+        """Return how the store stands."""
+        with self._mutex:
+            sealed = [*self._compacting, *self._sealed]
+            return StoreStats(
+                sequence=self._log.sequence - 1,
+                sequence_durable=self._durable,
+                log_number=self._log.name.number,
+                log_size=self._log.size,
+                n_logs_sealed=len(sealed),
+                logs_sealed_size=sum(log.size for log in sealed),
+                snapshot_number=self._snapshot.number if self._snapshot else 0,
+                snapshot_size=self._snapshot_size,
+                n_batches=self._n_batches,
+                n_writes=self._n_writes,
+                n_syncs=self._n_syncs,
+                n_rotations=self._n_rotations,
+                n_compactions=self._n_compactions,
+                failure=None if self._failure is None else str(self._failure),
+            )
+
+    # ---- commit ----
+
+    def commit(self, frame: bytearray | None, sync: bool) -> int:
+        """Write a started frame, durable on return if `sync`; return its sequence."""
+        self.check()
+        request = Request(frame, sync)
+        self._commits.commit(request)
+        return request.sequence
+
+    def _lead(self, action: Callable[[], None]) -> None:
+        """Run `action` while nobody else writes."""
+        self._commits.commit(Request(None, False, action))
+
+    def _write_group(self, group: list[Request]) -> None:
+        """Write what a group of requests asks; called by one leader at a time."""
+        self.check()
+        frames = [request.frame for request in group if request.frame is not None]
+        sequence = self._log.sequence
+        try:
+            if frames:
+                self._log.append(frames, self._durable)
+                self._n_batches += len(frames)
+                self._n_writes += 1
+            if any(request.sync for request in group):
+                self._sync_log()
+        except BaseException as error:
+            self._fail(error)
+            raise self._failed() from error
+        for request in group:
+            if request.frame is not None:
+                request.sequence = sequence
+                sequence += 1
+        if frames and self._is_due(self._log.size):
+            self._try(self._rotate)
+        for request in group:
+            if request.action is not None:
+                try:
+                    request.action()
+                except BaseException as error:
+                    request.error = error
+
+    def _sync_log(self) -> None:
+        last = self._log.sequence - 1
+        if self._durable < last:
+            self._log.sync()
+            self._n_syncs += 1
+            self._durable = last
+
+    def _try(self, step: Callable[[], None]) -> None:
+        """Run a step that follows a durable group: its failure is the next one's."""
+        try:
+            step()
+        except BaseException as error:
+            self._fail(error)
+            if not isinstance(error, Exception):
+                raise
+
+    # ---- rotation ----
+
+    def _is_due(self, log_size: int) -> bool:
+        """Whether the bytes not yet on their way into a snapshot are enough."""
+        waiting = sum(log.size for log in self._sealed)
+        limit = max(self._options.log_size_bytes_min, self._snapshot_size)
+        return waiting + log_size - FILE_HEADER_SIZE > limit
+
+    def _rotate(self) -> None:
+        """Seal the active log, open the next one, and see to the compaction."""
+        old = self._log
+        name = FileName("log", old.name.number + 1)
+        self._sync_log()
+        old.seal()
+        self._n_syncs += 1
+        with self._prepare_mutex:
+            prepared, self._prepared = self._prepared, None
+        file = prepared[1] if prepared and prepared[0] == name else None
+        log = LogWriter(self._directory, name, self._store_id, old.sequence, file)
+        with self._mutex:
+            self._log = log
+            self._sealed.append(self._as_sealed(old))
+            self._n_rotations += 1
+        old.close()
+        self._compactor.submit(self._prepare_next)
+        self._compact_if_due()
+
+    @staticmethod
+    def _as_sealed(log: LogWriter) -> _SealedLog:
+        return _SealedLog(log.name, log.first_sequence, log.size - FILE_HEADER_SIZE)
+
+    def _prepare_next(self) -> None:
+        """Write the next log's file ahead, in the background."""
+        with self._prepare_mutex:
+            name = FileName("log", self._log.name.number + 1)
+            if self._prepared is None and not self._is_closed:
+                self._prepared = name, prepare_log(self._directory, name)
+
+    # ---- compaction ----
+
+    def _compact_if_due(self) -> None:
+        if self._is_due(FILE_HEADER_SIZE):
+            self._compactor.submit(self._compact_sealed)
+
+    def _compact_sealed(self) -> None:
+        """Bring every sealed log into a new snapshot; in the background."""
+        with self._mutex:
+            logs, self._sealed = self._sealed, []
+            self._compacting = logs
+            snapshot = self._snapshot
+            # The active log begins where the last of them ends.
+            sequence = self._log.first_sequence - 1
+        if not logs:
+            return
+        name, size = compact(
+            self._directory,
+            self._store_id,
+            snapshot,
+            [(log.name, log.sequence) for log in logs],
+            sequence,
+            level=self._options.compression_level,
+            threads=self._options.n_threads,
+        )
+        with self._mutex:
+            self._snapshot, self._snapshot_size = name, size
+            self._compacting = []
+            self._n_compactions += 1
+
+    def compact(self) -> None:
+        """Bring every batch so far into a snapshot; return when it is durable."""
+        self.check()
+
+        def rotate() -> None:
+            if self._log.sequence > self._log.first_sequence:
+                self._try(self._rotate)
+            self.check()
+
+        self._lead(rotate)
+        self._compactor.submit(self._compact_sealed)
+        self._compactor.wait_idle()
+        self.check()
+
+    # ---- end ----
+
+    def shutdown(self) -> None:
+        """Seal the log, end the thread, close every file, free the lock; idempotent."""
+        if self._is_forked or self._is_closed:
+            return
+        # First the thread, which may wait for nothing of ours; then the log.
+        self._compactor.stop()
+        try:
+            if self._failure is None:
+                self._lead(self._seal)
+        except StoreClosedError:
+            pass  # another thread was faster
+        finally:
+            self.abandon()
+
+    def _seal(self) -> None:
+        try:
+            self._sync_log()
+            if self._log.sequence > self._log.first_sequence:
+                self._log.seal()
+            else:  # nothing in it: the directory stays as it was
+                self._directory.remove(str(self._log.name))
+            if self._prepared is not None:
+                self._directory.remove(self._prepared[0].temporary)
+        except BaseException as error:
+            self._fail(error)
+            raise self._failed() from error
+        finally:
+            self._is_closed = True
+
+    def abandon(self) -> None:
+        """Give up files, thread and lock without another write; idempotent."""
+        self._is_closed = True
+        self._compactor.stop()
+        with self._prepare_mutex:
+            if self._prepared is not None:
+                self._prepared[1].close()
+                self._prepared = None
+        self._log.close()
+        self._directory.close()
+        _engines.discard(self)
+
+    def forget_after_fork(self) -> None:
+        """In a forked child: let go of the descriptors, and with them of the lock."""
+        self._is_forked = True
+        self._log.close()
+        self._directory.close()
+
+
+#: Stores of this process, so that a forked child can let go of them.
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _forget_after_fork() -> None:
+    for engine in list(_engines):
+        engine.forget_after_fork()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)

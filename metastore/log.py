@@ -1,0 +1,393 @@
+"""Logs: append batches, read them back (docs/format.md, section 8)."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from metastore import _codec
+from metastore.columns import Columns
+from metastore.directory import (
+    Buffer,
+    DirectoryProtocol,
+    FileName,
+    FileProtocol,
+    publish,
+)
+from metastore.errors import CorruptionError
+from metastore.format import (
+    FILE_HEADER_SIZE,
+    FRAME_HEADER_SIZE,
+    KIND_END,
+    LAYOUT_PLAIN,
+    FileHeader,
+    log_seed,
+)
+from metastore.frames import Table, corruption, decode, new_table
+from metastore.parallel import ordered_map
+
+__all__ = ["LogContent", "LogWriter", "prepare_log", "read_log"]
+
+#: A log is read, and its payloads are decoded, in windows of this size.
+_WINDOW_SIZE = 8 << 20
+_WINDOW_FRAMES = 1 << 16
+
+#: Zeros are written ahead of small frames, so that their sync writes no metadata: as
+#: much as the log is long, within these bounds. Frames above the last size bring none.
+_AHEAD_SIZE_MIN = 64 << 10
+_AHEAD_SIZE_MAX = 1 << 20
+_AHEAD_FRAMES_SIZE_MAX = 64 << 10
+
+#: Bad frames that a torn write can leave; any other is damage or forgery.
+_TORN_STATUSES = frozenset(
+    {
+        _codec.SCAN_NO_BYTES,
+        _codec.SCAN_INCOMPLETE,
+        _codec.STATUS_BAD_HEADER,
+        _codec.STATUS_BAD_PAYLOAD,
+    }
+)
+
+
+# ---- writing ----
+
+
+def prepare_log(directory: DirectoryProtocol, name: FileName) -> FileProtocol:
+    """Create the temporary file of a log, with room for its header and first frames.
+
+    It is not published: only then is its first sequence known.
+    """
+    file = directory.create(name.temporary)
+    try:
+        file.write([bytes(_AHEAD_SIZE_MIN)], 0)
+        file.sync()
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+class LogWriter:
+    """The active log. Not thread-safe: one leader at a time writes.
+
+    Parameters
+    ----------
+    directory : DirectoryProtocol
+        Where it lies.
+    name : FileName
+        Its name.
+    store_id : bytes
+        That of the store.
+    sequence : int
+        The sequence of the first batch that it will hold.
+    prepared : FileProtocol, optional
+        What :func:`prepare_log` returned for this name.
+    """
+
+    def __init__(
+        self,
+        directory: DirectoryProtocol,
+        name: FileName,
+        store_id: bytes,
+        sequence: int,
+        prepared: FileProtocol | None = None,
+    ) -> None:
+        self.name = name
+        self.first_sequence = self.sequence = sequence
+        self._seed = log_seed(store_id, name.number)
+        self._zeroed_size = _AHEAD_SIZE_MIN
+        self.size = FILE_HEADER_SIZE
+        self._file = prepared or prepare_log(directory, name)
+        try:
+            header = FileHeader("log", store_id, name.number, sequence, time.time_ns())
+            self._file.write([header.pack()], 0)
+            self._file.sync()
+            publish(directory, name)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, frames: Sequence[bytearray], durable: int) -> None:
+        """Give started frames their sequences and write them; not durable yet.
+
+        Parameters
+        ----------
+        frames : sequence of bytearray
+            Batches in order; they take the next sequences.
+        durable : int
+            The newest sequence known durable.
+        """
+        sequence = self.sequence
+        for frame in frames:
+            _codec.finish_frame(frame, self._seed, sequence, durable)
+            sequence += 1
+        self._write(frames)
+        self.sequence = sequence
+
+    def _write(self, frames: Sequence[bytearray]) -> None:
+        buffers: list[Buffer] = list(frames)
+        size = sum(map(len, frames))
+        end = self.size + size
+        if end > self._zeroed_size and size <= _AHEAD_FRAMES_SIZE_MAX:
+            ahead = min(max(self.size, _AHEAD_SIZE_MIN), _AHEAD_SIZE_MAX)
+            buffers.append(bytes(ahead))
+            self._zeroed_size = end + ahead
+        self._file.write(buffers, self.size)
+        self.size = end
+
+    def sync(self) -> None:
+        """Make every batch appended so far durable."""
+        self._file.sync()
+
+    def seal(self) -> None:
+        """Write the end frame and make it durable; everything before must be already."""
+        last = self.sequence - 1
+        end = _codec.encode_payload(KIND_END, LAYOUT_PLAIN, 0, 0, ())
+        _codec.finish_frame(end, self._seed, last, last)
+        self._write([end])
+        self._file.sync()
+
+    def close(self) -> None:
+        """Give the file back; idempotent."""
+        self._file.close()
+
+
+# ---- reading ----
+
+
+@dataclasses.dataclass
+class LogContent:
+    """What was read of one log."""
+
+    #: Records of the batches in order, a part per window.
+    parts: list[Columns]
+    n_batches: int
+    #: Sequence of the batch behind the last one read.
+    sequence: int
+    #: Offset behind the last valid frame.
+    end: int
+    is_sealed: bool
+    #: Size of the torn tail at `end`, in bytes; 0 if there is none.
+    torn_size: int
+    #: Damage at `end` that ended the reading; the batches before it are valid.
+    damage: CorruptionError | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Window:
+    """Scanned frames that wait to be decoded."""
+
+    data: memoryview
+    offset: int
+    table: Table
+
+
+class _Source:
+    """Windows of a file: slices of a map, or copies for a file that may still change."""
+
+    def __init__(self, file: FileProtocol, mapped: bool) -> None:
+        self.size = file.size()
+        self._file = file
+        self._view = file.view() if mapped else None
+
+    def read(self, offset: int, size: int) -> memoryview:
+        size = min(size, self.size - offset)
+        if self._view is not None:
+            return self._view[offset : offset + size]
+        data = memoryview(self._file.read(offset, size))
+        if len(data) < size:
+            raise OSError(errno.EIO, "the file shrank while it was read", self._file.path)
+        return data
+
+
+def read_log(
+    file: FileProtocol,
+    header: FileHeader,
+    *,
+    bound: int | None = None,
+    threads: int = 1,
+    on_bytes: Callable[[int], None] | None = None,
+) -> LogContent:
+    """Read the batches of a log.
+
+    Parameters
+    ----------
+    file : FileProtocol
+        The log; it may be sealed, bounded or open.
+    header : FileHeader
+        Its header, already checked.
+    bound : int, optional
+        The first sequence of the next log; None for the newest log.
+    threads : int
+        How many threads decode.
+    on_bytes : callable, optional
+        Told how many more bytes were read, from time to time.
+
+    Returns
+    -------
+    LogContent
+        With `damage` set where a bad frame is not a torn tail.
+    """
+    source = _Source(file, mapped=bound is not None)
+    scan = _Scan(source, header, bound, file.path)
+    content = LogContent([], 0, header.sequence, FILE_HEADER_SIZE, False, 0, None)
+
+    def decode_window(window: _Window) -> tuple[_Window, Columns, int, int]:
+        return (window, *decode(window.data, window.table))
+
+    bad: tuple[int, int] | None = None
+    for window, columns, n, status in ordered_map(decode_window, scan, threads):
+        content.parts.append(columns)
+        content.n_batches += n
+        content.sequence += n
+        if n < len(window.table):
+            bad = window.offset + int(window.table[n, _codec.ROW_OFFSET]), status
+            break
+        content.end = window.offset + len(window.data)
+        if on_bytes:
+            on_bytes(len(window.data))
+    if bad is None:
+        bad = scan.stop, scan.status
+        content.is_sealed = scan.status == _codec.SCAN_SEALED
+    content.end = bad[0]
+    _judge_end(source, content, header, bound, bad[1], file.path)
+    return content
+
+
+class _Scan:
+    """Iterates over the windows of a log; afterwards tells where and why it stopped."""
+
+    def __init__(
+        self, source: _Source, header: FileHeader, bound: int | None, path: str
+    ) -> None:
+        self._source = source
+        self._seed = log_seed(header.store_id, header.number)
+        self._sequence = header.sequence
+        self._bound = bound
+        self.stop = FILE_HEADER_SIZE
+        self.status = _codec.SCAN_MORE
+
+    def __iter__(self) -> Iterator[_Window]:
+        size = _WINDOW_SIZE
+        while True:
+            n_wanted = _WINDOW_FRAMES
+            if self._bound is not None:
+                n_wanted = min(n_wanted, self._bound - self._sequence)
+            # One row more than batches are wanted, so that an end frame is seen.
+            table = new_table(n_wanted + 1)
+            start = self.stop
+            data = self._source.read(start, size)
+            n, used, self.status = _codec.scan_frames(
+                data, 0, self._seed, self._sequence, table
+            )
+            if n > n_wanted:
+                used = int(table[n_wanted, _codec.ROW_OFFSET])
+                n, self.status = n_wanted, _codec.SCAN_MORE
+            self._sequence += n
+            self.stop = start + used
+            if n:
+                yield _Window(data[:used], start, table[:n])
+            size = _WINDOW_SIZE
+            at_end = start + len(data) == self._source.size
+            if self.status == _codec.SCAN_INCOMPLETE and not at_end:
+                # The frame is larger than the window; the claim is within the file?
+                size = max(size, _codec.frame_size(data, used))
+                if size > self._source.size - self.stop:
+                    return
+            elif self.status == _codec.SCAN_NO_BYTES and not at_end:
+                continue
+            elif self.status != _codec.SCAN_MORE or self._sequence == self._bound:
+                return
+
+
+def _judge_end(
+    source: _Source,
+    content: LogContent,
+    header: FileHeader,
+    bound: int | None,
+    status: int,
+    path: str,
+) -> None:
+    """Decide what the first place without a valid batch means (section 8)."""
+    end = content.end
+    if bound is not None and content.sequence == bound:
+        # Bounded: what lies behind is not read, but behind an end frame must be zeros.
+        if content.is_sealed:
+            content.damage = _bytes_behind_end(source, end, path)
+        return
+    if content.is_sealed:
+        content.damage = _bytes_behind_end(source, end, path)
+        if bound is not None:
+            content.damage = CorruptionError(
+                path,
+                end,
+                f"batches {content.sequence} to {bound - 1} are missing between "
+                "this log and the next: a log was lost",
+            )
+        return
+    seed = log_seed(header.store_id, header.number)
+    frame = source.read(end, _codec.FRAME_HEADER_SIZE)
+    if len(frame) == _codec.FRAME_HEADER_SIZE:
+        frame = source.read(end, min(_codec.frame_size(frame, 0), source.size - end))
+    found = corruption(path, end, status, frame, seed)
+    if bound is not None:
+        found.reason += f" (a later log begins at batch {bound})"
+        content.damage = found
+        return
+    if status not in _TORN_STATUSES:
+        content.damage = found
+        return
+    last = _last_nonzero(source, end)
+    if last < 0:
+        return
+    proof = _find_durable(source, end, seed, content.sequence)
+    if proof >= 0:
+        found.reason += (
+            f": the frame at offset {proof} says that batch {content.sequence} was durable"
+        )
+        content.damage = found
+        return
+    content.torn_size = last + 1 - end
+
+
+def _bytes_behind_end(source: _Source, end: int, path: str) -> CorruptionError | None:
+    behind = end + FRAME_HEADER_SIZE
+    for offset, data in _windows(source, behind):
+        found = _codec.find_nonzero(data)
+        if found >= 0:
+            return CorruptionError(
+                path, offset + found, "bytes that are not zero behind the end frame"
+            )
+    return None
+
+
+def _windows(source: _Source, offset: int) -> Iterator[tuple[int, memoryview]]:
+    while offset < source.size:
+        data = source.read(offset, _WINDOW_SIZE)
+        if not data:
+            return
+        yield offset, data
+        offset += len(data)
+
+
+def _last_nonzero(source: _Source, start: int) -> int:
+    last = -1
+    for offset, data in _windows(source, start):
+        stripped = bytes(data).rstrip(b"\0")
+        if stripped:
+            last = offset + len(stripped) - 1
+    return last
+
+
+def _find_durable(source: _Source, start: int, seed: int, sequence: int) -> int:
+    offset = start
+    while offset < source.size:
+        # Windows overlap by less than a header, so that none is missed between two.
+        data = source.read(offset, _WINDOW_SIZE + FRAME_HEADER_SIZE - 8)
+        found = _codec.find_durable(data, 0, seed, sequence)
+        if found >= 0:
+            return offset + found
+        offset += _WINDOW_SIZE
+    return -1

@@ -1,0 +1,381 @@
+"""Looking into a store's directory without its lock and without changing anything.
+
+What the read-only commands show is collected here; ``cli`` prints it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from typing import Protocol, TypeVar
+
+from metastore import _codec
+from metastore.directory import (
+    QUARANTINE,
+    WARNING,
+    Directory,
+    FileName,
+    FileProtocol,
+    Listing,
+    parse_listing,
+)
+from metastore.errors import CorruptionError, FormatVersionError, MetastoreError
+from metastore.format import FILE_HEADER_SIZE, FRAME_HEADER_SIZE, FileHeader, log_seed
+from metastore.frames import new_table
+from metastore.log import LogContent, read_log
+from metastore.recovery import (
+    Content,
+    Headers,
+    Inspection,
+    Progress,
+    inspect,
+    make_plan,
+    read_headers,
+)
+from metastore.snapshot import SnapshotReader
+
+__all__ = [
+    "FileCheck",
+    "FileFacts",
+    "Overview",
+    "Verification",
+    "inspection",
+    "open_store",
+    "overview",
+    "until_steady",
+    "verification",
+]
+
+#: How often a look is taken again when a live store changes what is looked at.
+LOOKS_MAX = 5
+
+_TAIL_WINDOW_SIZE = 64 << 10
+#: In a frame header: docs/format.md, section 4.
+_PAYLOAD_CHECKSUM_OFFSET = 28
+
+
+# ---- a directory that may be in use ----
+
+
+class Look(Protocol):
+    """What a look at a directory returns."""
+
+    @property
+    def damage(self) -> MetastoreError | None:
+        """What is wrong, if anything."""
+        ...
+
+
+AnyLook = TypeVar("AnyLook", bound=Look)
+
+
+@contextlib.contextmanager
+def open_store(path: str) -> Iterator[Directory]:
+    """Open a directory that a store lives in; MetastoreError if none does."""
+    with contextlib.closing(Directory.open_existing(path)) as directory:
+        names = directory.names()
+        listing = parse_listing(names)
+        ours = listing.snapshots or listing.logs or listing.temporaries
+        if not ours and WARNING not in dict(names):
+            raise MetastoreError(f"no store in this directory ({path})")
+        yield directory
+
+
+def until_steady(directory: Directory, look: Callable[[Directory], AnyLook]) -> AnyLook:
+    """Look at a directory, and again when it seems to have changed meanwhile.
+
+    A live store removes files that were just listed, and a frame may be read while it
+    is written. So damage is believed once two looks in a row agree on it.
+
+    Raises
+    ------
+    MetastoreError
+        If no two looks agree, or a file is of another format version.
+    """
+    previous = None
+    for _ in range(LOOKS_MAX):
+        try:
+            found = look(directory)
+        except FileNotFoundError:
+            continue
+        if isinstance(found.damage, FormatVersionError):
+            raise found.damage
+        if found.damage is None or str(found.damage) == previous:
+            return found
+        previous = str(found.damage)
+    raise MetastoreError(
+        f"the store changed during each of {LOOKS_MAX} looks, as a process is writing "
+        f"to it: try again ({directory.path})"
+    )
+
+
+def inspection(directory: Directory, threads: int, progress: Progress) -> Inspection:
+    """Read everything, until it is steady."""
+    return until_steady(
+        directory,
+        lambda directory: inspect(directory, threads=threads, progress=progress),
+    )
+
+
+# ---- overview: what headers and ends of the files say ----
+
+
+@dataclasses.dataclass(frozen=True)
+class FileFacts:
+    """What is cheap to learn about a log or a snapshot; sizes in bytes."""
+
+    name: FileName
+    size: int
+    #: Whether a log is sealed, or left open and bounded by the next, or open.
+    state: str
+    first_sequence: int | None
+    #: None in a log that is open: it would have to be read.
+    last_sequence: int | None
+    #: Of a snapshot.
+    n_records: int | None
+    created_ns: int | None
+    damage: CorruptionError | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Overview:
+    """What a directory holds, by its names, headers and indexes."""
+
+    store_id: bytes | None
+    files: list[FileFacts]
+    listing: Listing
+    n_quarantined: int
+    quarantined_size: int
+    #: The process that holds the lock, where the system tells.
+    holder_pid: int | None
+    damage: CorruptionError | None
+
+
+def overview(directory: Directory) -> Overview:
+    """Look at names, headers and indexes; the records are not read."""
+    listing = parse_listing(directory.names())
+    headers = read_headers(directory, listing)
+    plan = make_plan(listing, headers, directory.path)
+    files = [
+        _facts(directory, name, headers[name], _bound(name, listing, headers))
+        for name in (*listing.snapshots, *listing.logs)
+    ]
+    damages = (facts.damage for facts in files if facts.damage is not None)
+    quarantined = _quarantined_sizes(directory)
+    return Overview(
+        store_id=plan.store_id,
+        files=files,
+        listing=listing,
+        n_quarantined=len(quarantined),
+        quarantined_size=sum(quarantined),
+        holder_pid=directory._lock_holder(),
+        damage=plan.damage or next(damages, None),
+    )
+
+
+def _bound(name: FileName, listing: Listing, headers: Headers) -> int | None:
+    """Return the first sequence of the log behind `name`, if there is one."""
+    if name.kind != "log":
+        return None
+    for later in listing.logs:
+        header = headers[later]
+        if later > name and isinstance(header, FileHeader):
+            return header.sequence
+    return None
+
+
+def _facts(
+    directory: Directory,
+    name: FileName,
+    header: FileHeader | CorruptionError,
+    bound: int | None,
+) -> FileFacts:
+    with contextlib.closing(directory.open(str(name))) as file:
+        size = file.size()
+        facts = FileFacts(name, size, "damaged", None, None, None, None, None)
+        if isinstance(header, CorruptionError):
+            return dataclasses.replace(facts, damage=header)
+        facts = dataclasses.replace(facts, created_ns=header.created_ns)
+        if name.kind == "log":
+            last = _sealed_at(file, header)
+            state = "sealed" if last is not None else "left open" if bound else "open"
+            if last is None and bound is not None:
+                last = bound - 1
+            return dataclasses.replace(
+                facts, state=state, first_sequence=header.sequence, last_sequence=last
+            )
+        facts = dataclasses.replace(facts, last_sequence=header.sequence)
+        try:
+            n_records = SnapshotReader(file, header).n_records
+        except CorruptionError as error:
+            return dataclasses.replace(facts, damage=error)
+        return dataclasses.replace(facts, state="published", n_records=n_records)
+
+
+def _sealed_at(file: FileProtocol, header: FileHeader) -> int | None:
+    """Return the last sequence of a sealed log, None of any other.
+
+    In an end frame the last byte that is not zero is the first one of the checksum of
+    its empty payload, so that the frame can be found from behind.
+    """
+    offset = _last_nonzero(file) - _PAYLOAD_CHECKSUM_OFFSET
+    if offset < FILE_HEADER_SIZE or offset % 8:
+        return None
+    frame = memoryview(file.read(offset, FRAME_HEADER_SIZE))
+    sequence = int.from_bytes(frame[8:16], "little")
+    seed = log_seed(header.store_id, header.number)
+    behind = (sequence + 1) % 2**64
+    _, _, status = _codec.scan_frames(frame, 0, seed, behind, new_table(1))
+    return sequence if status == _codec.SCAN_SEALED else None
+
+
+def _last_nonzero(file: FileProtocol) -> int:
+    end = file.size()
+    while end > 0:
+        start = max(0, end - _TAIL_WINDOW_SIZE)
+        stripped = bytes(file.read(start, end - start)).rstrip(b"\0")
+        if stripped:
+            return start + len(stripped) - 1
+        end = start
+    return -1
+
+
+def _quarantined_sizes(directory: Directory) -> list[int]:
+    try:
+        with os.scandir(os.path.join(directory.path, QUARANTINE)) as found:
+            return [item.stat(follow_symlinks=False).st_size for item in found]
+    except FileNotFoundError:
+        return []
+
+
+# ---- verification: what a whole reading says ----
+
+
+@dataclasses.dataclass(frozen=True)
+class FileCheck:
+    """What was checked of a log or a snapshot, and what came of it; size in bytes."""
+
+    name: FileName
+    size: int
+    #: What was checked, for people.
+    checked: str
+    #: Of a log, and of a snapshot; None where the file was not read.
+    n_batches: int | None
+    n_records: int | None
+    damage: CorruptionError | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What a reading of the whole store found."""
+
+    path: str
+    files: list[FileCheck]
+    #: Of the whole store; None if it is damaged.
+    n_records: int | None
+    user_data_size: int | None
+    sequence: int | None
+    #: The file with a torn tail, its offset, and its size in bytes.
+    torn: tuple[FileName, int, int] | None
+    temporaries: tuple[str, ...]
+    unknown: tuple[str, ...]
+    holder_pid: int | None
+    #: What recovery would refuse.
+    damage: CorruptionError | None
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether recovery accepts the directory."""
+        return self.damage is None
+
+
+def verification(
+    directory: Directory, threads: int, progress: Progress
+) -> Verification:
+    """Read and check everything that a recovery would read.
+
+    If there is damage, each file is also read by itself, so that every damaged one is
+    found and not only the first.
+    """
+
+    def look(directory: Directory) -> Verification:
+        return _verify(directory, threads, progress)
+
+    return until_steady(directory, look)
+
+
+def _verify(directory: Directory, threads: int, progress: Progress) -> Verification:
+    found = inspect(directory, threads=threads, progress=progress)
+    if isinstance(found.damage, FormatVersionError):
+        raise found.damage
+    assert found.damage is None or isinstance(found.damage, CorruptionError)
+    content = found.content
+    return Verification(
+        path=directory.path,
+        files=[
+            _check_read(name, found.sizes[name], content)
+            if content is not None
+            else _check_alone(directory, name, found, threads)
+            for name in (*found.listing.snapshots, *found.listing.logs)
+        ],
+        n_records=len(content.columns) if content else None,
+        user_data_size=content.columns.user_data_size if content else None,
+        sequence=content.sequence if content else None,
+        torn=content.torn if content else None,
+        temporaries=found.listing.temporaries,
+        unknown=found.listing.unknown,
+        holder_pid=directory._lock_holder(),
+        damage=found.damage,
+    )
+
+
+def _check_snapshot(name: FileName, size: int, reader: SnapshotReader) -> FileCheck:
+    checked = (
+        f"header, index and every block: {reader.n_blocks:,} blocks, "
+        f"{reader.n_records:,} records up to batch {reader.header.sequence:,}"
+    )
+    return FileCheck(name, size, checked, None, reader.n_records, None)
+
+
+def _check_log(name: FileName, size: int, log: LogContent) -> FileCheck:
+    first, last = log.sequence - log.n_batches, log.sequence - 1
+    which = f" {first:,} to {last:,}" if log.n_batches else ""
+    end = "sealed" if log.is_sealed else "not sealed"
+    checked = f"header and every frame: {log.n_batches:,} batches{which}, {end}"
+    if log.torn_size:
+        checked += f"; torn tail of {log.torn_size:,} bytes at offset {log.end}"
+    return FileCheck(name, size, checked, log.n_batches, None, log.damage)
+
+
+def _check_read(name: FileName, size: int, content: Content) -> FileCheck:
+    """Describe a file of a store that was read as a whole."""
+    if name == content.plan.snapshot and content.snapshot is not None:
+        return _check_snapshot(name, size, content.snapshot)
+    for read, log, _ in content.logs:
+        if read == name:
+            return _check_log(name, size, log)
+    checked = f"header only: {content.plan.snapshot} contains this file"
+    return FileCheck(name, size, checked, None, None, None)
+
+
+def _check_alone(
+    directory: Directory, name: FileName, found: Inspection, threads: int
+) -> FileCheck:
+    """Read a file without regard to the others."""
+    size = found.sizes[name]
+    header = found.headers[name]
+    if isinstance(header, CorruptionError):
+        return FileCheck(name, size, "header", None, None, header)
+    bound = _bound(name, found.listing, found.headers)
+    with contextlib.closing(directory.open(str(name))) as file:
+        if name.kind == "log":
+            log = read_log(file, header, bound=bound, threads=threads)
+            return _check_log(name, size, log)
+        try:
+            reader = SnapshotReader(file, header)
+            reader.read_all(threads)
+        except CorruptionError as error:
+            return FileCheck(name, size, "header, index and blocks", None, None, error)
+        return _check_snapshot(name, size, reader)

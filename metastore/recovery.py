@@ -1,0 +1,583 @@
+"""What a directory means: decide by plan, read, then act.
+
+``make_plan`` is pure: names and headers in, a plan out. ``read`` changes nothing.
+Only ``settle`` writes, and it removes a file only after what contains it was read whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+
+from metastore.columns import Columns, Recovered, concatenate, merge, sort_last_wins
+from metastore.directory import (
+    QUARANTINE,
+    DirectoryProtocol,
+    FileName,
+    FileProtocol,
+    Listing,
+    parse_listing,
+)
+from metastore.errors import CorruptionError, FormatVersionError, MetastoreError
+from metastore.format import FILE_HEADER_SIZE, FileHeader
+from metastore.log import LogContent, read_log
+from metastore.report import RecoveryReport
+from metastore.snapshot import SnapshotReader
+
+__all__ = [
+    "Content",
+    "Plan",
+    "Progress",
+    "inspect",
+    "make_plan",
+    "read",
+    "read_headers",
+    "settle",
+]
+
+#: Told the bytes done and the bytes in all.
+Progress = Callable[[int, int], None]
+
+Headers = Mapping[FileName, FileHeader | CorruptionError]
+
+#: How many torn tails stay in quarantine; they hold nothing that was acknowledged.
+_TORN_TAILS_MAX = 8
+_TORN_PREFIX = "torn_"
+_COPY_SIZE = 1 << 20
+
+
+# ---- decide ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to read, in which order, and what may go afterwards."""
+
+    #: That of the store; None in a new directory.
+    store_id: bytes | None
+    snapshot: FileName | None
+    #: Logs to replay, in order, with their headers.
+    logs: tuple[tuple[FileName, FileHeader], ...]
+    #: Contained in the snapshot: to be removed once that was read whole.
+    obsolete: tuple[FileName, ...]
+    #: The first thing that is wrong, and the files that are at or behind it.
+    damage: CorruptionError | None
+    set_aside: tuple[FileName, ...]
+    listing: Listing
+
+    @property
+    def sequence(self) -> int:
+        """The first sequence that a log must have."""
+        return self.logs[0][1].sequence if self.logs else 1
+
+
+def read_headers(directory: DirectoryProtocol, listing: Listing) -> Headers:
+    """Read the header of every log and snapshot; damaged ones yield their error.
+
+    Raises
+    ------
+    FormatVersionError
+        If a file is of another version: then nothing may be touched.
+    """
+    headers: dict[FileName, FileHeader | CorruptionError] = {}
+    for name in (*listing.snapshots, *listing.logs):
+        file = directory.open(str(name))
+        try:
+            data = bytes(file.read(0, FILE_HEADER_SIZE))
+            headers[name] = FileHeader.unpack(data, name.kind, name.number, file.path)
+        except CorruptionError as error:
+            headers[name] = error
+        finally:
+            file.close()
+    return headers
+
+
+def make_plan(listing: Listing, headers: Headers, path: str) -> Plan:
+    """Decide what a directory's names and headers mean; touches nothing.
+
+    Parameters
+    ----------
+    listing : Listing
+        The names.
+    headers : mapping of FileName to FileHeader or CorruptionError
+        The header of each snapshot and log, or what is wrong with it.
+    path : str
+        The directory, for errors.
+    """
+    walk = _Walk(headers, path)
+    snapshot = walk.choose_snapshot(listing.snapshots)
+    number = snapshot.number if snapshot else 0
+    older = [name for name in listing.snapshots if name.number < number]
+    contained = [name for name in listing.logs if name.number <= number]
+    later = [name for name in listing.logs if name.number > number]
+    obsolete = [*older, *contained]
+    for name in obsolete:
+        walk.check_contained(name, snapshot)
+    logs = walk.join(later, snapshot)
+    return Plan(
+        store_id=walk.store_id,
+        snapshot=snapshot,
+        logs=tuple(logs),
+        obsolete=tuple(name for name in obsolete if name not in walk.set_aside),
+        damage=walk.damage,
+        set_aside=tuple(walk.set_aside),
+        listing=listing,
+    )
+
+
+class _Walk:
+    """Goes through the files once and notes the first thing that is wrong."""
+
+    def __init__(self, headers: Headers, path: str) -> None:
+        self._headers = headers
+        self._path = path
+        self.store_id: bytes | None = None
+        self.damage: CorruptionError | None = None
+        self.set_aside: list[FileName] = []
+
+    def _note(self, error: CorruptionError, *names: FileName) -> None:
+        self.damage = self.damage or error
+        self.set_aside += names
+
+    def _header(self, name: FileName) -> FileHeader | CorruptionError:
+        header = self._headers[name]
+        if isinstance(header, CorruptionError):
+            return header
+        self.store_id = self.store_id or header.store_id
+        if header.store_id != self.store_id:
+            return CorruptionError(
+                f"{self._path}/{name}",
+                16,
+                f"a file of another store: id {header.store_id.hex()} "
+                f"among {self.store_id.hex()}",
+            )
+        return header
+
+    def choose_snapshot(self, snapshots: tuple[FileName, ...]) -> FileName | None:
+        """Return the newest snapshot whose header is valid."""
+        for name in reversed(snapshots):
+            header = self._header(name)
+            if isinstance(header, FileHeader):
+                return name
+            self._note(header, name)
+        return None
+
+    def _sequence_of(self, snapshot: FileName | None) -> int:
+        header = self._headers[snapshot] if snapshot else None
+        return header.sequence if isinstance(header, FileHeader) else 0
+
+    def check_contained(self, name: FileName, snapshot: FileName | None) -> None:
+        """Check that a file which the snapshot makes obsolete is what it seems."""
+        header = self._header(name)
+        if isinstance(header, CorruptionError):
+            self._note(header, name)
+            return
+        last = self._sequence_of(snapshot)
+        if header.sequence > last + (name.kind == "log"):
+            reason = f"begins at batch {header.sequence}, but {snapshot} ends at {last}"
+            self._note(CorruptionError(f"{self._path}/{name}", 40, reason), name)
+
+    def join(
+        self, logs: list[FileName], snapshot: FileName | None
+    ) -> list[tuple[FileName, FileHeader]]:
+        """Return the logs up to the first that does not join what precedes it."""
+        joined: list[tuple[FileName, FileHeader]] = []
+        wanted = self._sequence_of(snapshot) + 1
+        for i, name in enumerate(logs):
+            header = self._header(name)
+            if isinstance(header, CorruptionError):
+                self._note(header, *logs[i:])
+                break
+            if header.sequence < wanted or (not joined and header.sequence > wanted):
+                before = f"{joined[-1][0]}" if joined else f"{snapshot or 'no snapshot'}"
+                missing = header.sequence > wanted
+                reason = (
+                    f"begins at batch {header.sequence}, but batch {wanted} must follow "
+                    f"{before}: {'a file is missing' if missing else 'they overlap'}"
+                )
+                error = CorruptionError(f"{self._path}/{name}", 40, reason)
+                self._note(error, *logs[i:])
+                break
+            joined.append((name, header))
+            wanted = header.sequence
+        return joined
+
+
+# ---- read ----
+
+
+@dataclasses.dataclass
+class Content:
+    """What the files of a plan hold."""
+
+    plan: Plan
+    columns: Columns
+    #: Sequence of the last batch; 0 in an empty store.
+    sequence: int
+    #: Per log of the plan that was read: its content (without the records) and size.
+    logs: list[tuple[FileName, LogContent, int]]
+    snapshot: SnapshotReader | None
+    n_blocks: int
+    bytes_read: int
+    damage: CorruptionError | None
+    #: Files at or behind the damage.
+    set_aside: list[FileName]
+    #: A log with damage whose beginning is part of the content.
+    damaged_log: FileName | None
+
+    @property
+    def torn(self) -> tuple[FileName, int, int] | None:
+        """Name, offset and size of the torn tail."""
+        if not self.logs or not self.logs[-1][1].torn_size:
+            return None
+        name, log, _ = self.logs[-1]
+        return name, log.end, log.torn_size
+
+
+class _Counter:
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.done = 0
+        self._total = total
+        self._progress = progress
+        self.add(0)
+
+    def add(self, size: int) -> None:
+        self.done = min(self.done + size, self._total)
+        if self._progress:
+            self._progress(self.done, self._total)
+
+
+def read(
+    directory: DirectoryProtocol,
+    plan: Plan,
+    *,
+    threads: int,
+    progress: Progress | None = None,
+    settle_log: bool = True,
+    stop_at_damage: bool = False,
+) -> Content:
+    """Read what a plan names; changes no file.
+
+    Parameters
+    ----------
+    directory : DirectoryProtocol
+        The directory.
+    plan : Plan
+        Made of that directory.
+    threads : int
+        How many threads decode.
+    progress : callable, optional
+        Called in this thread with bytes done and bytes in all.
+    settle_log : bool
+        Whether to sync the newest log and drop it from the page cache first: what a
+        failed sync left in the cache may not be on the medium.
+    stop_at_damage : bool
+        Return what precedes damage in a log instead of raising.
+
+    Raises
+    ------
+    CorruptionError
+        For damage in the snapshot; in a log too unless `stop_at_damage`.
+    """
+    names = [*([plan.snapshot] if plan.snapshot else []), *(name for name, _ in plan.logs)]
+    files: dict[FileName, FileProtocol] = {}
+    try:
+        for name in names:
+            files[name] = directory.open(str(name))
+        total = sum(file.size() for file in files.values())
+        counter = _Counter(total, progress)
+        content = Content(
+            plan, Columns.allocate(0, 0), 0, [], None, 0, total, None, [], None
+        )
+        content.damage = plan.damage
+        content.set_aside = list(plan.set_aside)
+        old = _read_snapshot(content, files, threads, counter)
+        parts = _read_logs(content, files, threads, counter, settle_log, stop_at_damage)
+    finally:
+        for file in files.values():
+            file.close()
+    run = sort_last_wins(concatenate(parts))
+    content.columns = merge(old, run, threads)
+    counter.add(total)
+    return content
+
+
+def _read_snapshot(
+    content: Content,
+    files: Mapping[FileName, FileProtocol],
+    threads: int,
+    counter: _Counter,
+) -> Columns:
+    name = content.plan.snapshot
+    if name is None:
+        return Columns.allocate(0, 0)
+    file = files[name]
+    data = bytes(file.read(0, FILE_HEADER_SIZE))
+    header = FileHeader.unpack(data, name.kind, name.number, file.path)
+    reader = SnapshotReader(file, header)
+    content.snapshot = reader
+    content.n_blocks = reader.n_blocks
+    content.sequence = header.sequence
+    return reader.read_all(threads, counter.add)
+
+
+def _read_logs(
+    content: Content,
+    files: Mapping[FileName, FileProtocol],
+    threads: int,
+    counter: _Counter,
+    settle_log: bool,
+    stop_at_damage: bool,
+) -> list[Columns]:
+    logs = content.plan.logs
+    parts: list[Columns] = []
+    for i, (name, header) in enumerate(logs):
+        file = files[name]
+        is_newest = i + 1 == len(logs)
+        if is_newest and settle_log:
+            file.sync()
+            file.drop_cache()
+        bound = None if is_newest else logs[i + 1][1].sequence
+        log = read_log(
+            file, header, bound=bound, threads=threads, on_bytes=counter.add
+        )
+        parts += log.parts
+        log.parts = []
+        content.sequence = log.sequence - 1
+        content.logs.append((name, log, file.size()))
+        if log.damage is None:
+            continue
+        if not stop_at_damage:
+            raise log.damage
+        content.damage = log.damage
+        behind = [later for later, _ in logs[i + 1 :]]
+        if log.n_batches:
+            content.damaged_log = name
+        else:
+            behind.insert(0, name)
+            content.logs.pop()
+        content.set_aside = [*behind, *content.set_aside]
+        break
+    return parts
+
+
+# ---- act ----
+
+
+def settle(directory: DirectoryProtocol, content: Content) -> tuple[str, ...]:
+    """Keep under ``quarantine/`` what a recovery drops or sets aside; durable on return.
+
+    Nothing is removed: damaged files are moved, or copied where their beginning is
+    still needed. A crash on the way leaves a directory that recovers the same.
+
+    Returns
+    -------
+    tuple of str
+        Names of the files in quarantine, relative to the directory.
+    """
+    torn = content.torn
+    if torn is None and not content.set_aside and content.damaged_log is None:
+        return ()
+    quarantine = directory.subdirectory(QUARANTINE)
+    kept = []
+    try:
+        taken = {name for name, _ in quarantine.names()}
+        if torn is not None:
+            name, offset, size = torn
+            new = _free_name(f"{_TORN_PREFIX}{name}_{offset:016x}", taken)
+            _copy(directory, str(name), offset, size, quarantine, new)
+            kept.append(new)
+        if content.damaged_log is not None:
+            new = _free_name(str(content.damaged_log), taken)
+            _copy(directory, str(content.damaged_log), 0, None, quarantine, new)
+            kept.append(new)
+        quarantine.sync()
+        # From the newest down, so that a crash never leaves a hole between two logs.
+        for name in sorted(set(content.set_aside), key=lambda n: -n.number):
+            new = _free_name(str(name), taken)
+            directory.move(str(name), quarantine, new)
+            quarantine.sync()
+            directory.sync()
+            kept.append(new)
+        _remove_old_tails(quarantine)
+    finally:
+        quarantine.close()
+    return tuple(f"{QUARANTINE}/{name}" for name in kept)
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    free = name
+    n = 1
+    while free in taken:
+        n += 1
+        free = f"{name}.{n}"
+    taken.add(free)
+    return free
+
+
+def _copy(
+    source: DirectoryProtocol,
+    name: str,
+    offset: int,
+    size: int | None,
+    target: DirectoryProtocol,
+    new: str,
+) -> None:
+    old_file = source.open(name)
+    try:
+        new_file = target.create(new)
+        try:
+            end = old_file.size() if size is None else offset + size
+            for at in range(offset, end, _COPY_SIZE):
+                data = old_file.read(at, min(_COPY_SIZE, end - at))
+                new_file.write([data], at - offset)
+            new_file.sync()
+        finally:
+            new_file.close()
+    finally:
+        old_file.close()
+
+
+def _remove_old_tails(quarantine: DirectoryProtocol) -> None:
+    tails = sorted(
+        name for name, _ in quarantine.names() if name.startswith(_TORN_PREFIX)
+    )
+    for name in tails[:-_TORN_TAILS_MAX]:
+        quarantine.remove(name)
+
+
+def remove_obsolete(directory: DirectoryProtocol, content: Content) -> tuple[str, ...]:
+    """Remove what the content that was read makes superfluous, after the new log stands.
+
+    Returns
+    -------
+    tuple of str
+        The names: temporaries, files that the snapshot contains, logs without batches.
+    """
+    empty = [
+        str(name)
+        for name, log, _ in content.logs
+        if log.n_batches == 0 and not log.torn_size and log.damage is None
+    ]
+    obsolete = [str(name) for name in content.plan.obsolete]
+    names = (*content.plan.listing.temporaries, *obsolete, *empty)
+    for name in names:
+        directory.remove(name)
+    return names
+
+
+def make_report(
+    directory: DirectoryProtocol,
+    content: Content,
+    *,
+    quarantined: tuple[str, ...] = (),
+    removed: tuple[str, ...] = (),
+    seconds: float,
+) -> RecoveryReport:
+    """Return the report of a recovery."""
+    n_batches = sum(log.n_batches for _, log, _ in content.logs)
+    torn = content.torn
+    return RecoveryReport(
+        path=directory.path,
+        snapshot=str(content.plan.snapshot) if content.plan.snapshot else None,
+        logs=tuple(str(name) for name, _, _ in content.logs),
+        n_frames=n_batches + content.n_blocks,
+        n_batches=n_batches,
+        n_records=len(content.columns),
+        sequence=content.sequence,
+        bytes_read=content.bytes_read,
+        bytes_dropped=torn[2] if torn else 0,
+        damage=str(content.damage) if content.damage else None,
+        quarantined=quarantined,
+        removed=removed,
+        unknown=content.plan.listing.unknown,
+        seconds=seconds,
+    )
+
+
+def read_directory(
+    directory: DirectoryProtocol,
+    *,
+    on_damage: str,
+    threads: int,
+    progress: Progress | None,
+    settle_log: bool = True,
+) -> Content:
+    """Plan and read a directory; with ``on_damage="prefix"`` stop before damage.
+
+    A damaged snapshot is given up for an older one, if there is one, with the logs
+    that follow that.
+    """
+    listing = parse_listing(directory.names())
+    headers = dict(read_headers(directory, listing))
+    while True:
+        plan = make_plan(listing, headers, directory.path)
+        if plan.damage is not None and on_damage == "raise":
+            raise plan.damage
+        try:
+            return read(
+                directory,
+                plan,
+                threads=threads,
+                progress=progress,
+                settle_log=settle_log,
+                stop_at_damage=on_damage == "prefix",
+            )
+        except CorruptionError as error:
+            if on_damage == "raise" or plan.snapshot is None:
+                raise
+            headers[plan.snapshot] = error
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What a look at a directory found; nothing was locked or changed."""
+
+    listing: Listing
+    #: Header, or what is wrong with it, of each snapshot and log.
+    headers: Headers
+    #: Sizes in bytes of each snapshot and log.
+    sizes: Mapping[FileName, int]
+    #: The contents and what was read, unless there is damage.
+    recovered: Recovered | None
+    content: Content | None
+    #: The damage that a recovery would refuse.
+    damage: MetastoreError | None
+
+
+def inspect(
+    directory: DirectoryProtocol,
+    *,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> Inspection:
+    """Read a whole directory without the lock and without changing it.
+
+    A live store may compact meanwhile: then a file is gone, and FileNotFoundError
+    asks to look again.
+    """
+    started = time.perf_counter()
+    listing = parse_listing(directory.names())
+    sizes = {}
+    for name in (*listing.snapshots, *listing.logs):
+        file = directory.open(str(name))
+        sizes[name] = file.size()
+        file.close()
+    try:
+        headers = read_headers(directory, listing)
+    except FormatVersionError as error:
+        return Inspection(listing, {}, sizes, None, None, error)
+    try:
+        content = read_directory(
+            directory,
+            on_damage="raise",
+            threads=threads,
+            progress=progress,
+            settle_log=False,
+        )
+    except MetastoreError as error:
+        return Inspection(listing, headers, sizes, None, None, error)
+    report = make_report(directory, content, seconds=time.perf_counter() - started)
+    recovered = Recovered(content.columns, report)
+    return Inspection(listing, headers, sizes, recovered, content, None)

@@ -1,0 +1,340 @@
+"""Snapshots: write sorted blocks, read them back (docs/format.md, section 7)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from metastore import _codec
+from metastore.columns import Columns
+from metastore.directory import DirectoryProtocol, FileName, FileProtocol, publish
+from metastore.errors import CorruptionError
+from metastore.format import (
+    BLOCK_RECORDS_TARGET,
+    BLOCK_USER_DATA_SIZE_MAX,
+    FILE_HEADER_SIZE,
+    FRAME_HEADER_SIZE,
+    INDEX_DTYPE,
+    INDEX_HEAD,
+    KIND_BLOCK,
+    KIND_END,
+    LAYOUT_PLAIN,
+    TRAILER_SIZE,
+    FileHeader,
+    pack_trailer,
+    snapshot_seed,
+    unpack_trailer,
+)
+from metastore.frames import corruption, decode, decode_into, encode, new_table
+from metastore.parallel import ordered_map
+
+__all__ = ["SnapshotReader", "SnapshotWriter", "split_into_blocks"]
+
+#: Bytes that a writer collects before it calls the operating system.
+_WRITE_SIZE = 1 << 20
+
+
+class SnapshotReader:
+    """A mapped snapshot whose headers, index and trailer were checked.
+
+    Payloads are checked when they are read. Thread-safe.
+
+    Parameters
+    ----------
+    file : FileProtocol
+        The snapshot; it may be closed afterwards.
+    header : FileHeader
+        Its header, already checked.
+
+    Raises
+    ------
+    CorruptionError
+        If anything but a payload is damaged.
+    """
+
+    def __init__(self, file: FileProtocol, header: FileHeader) -> None:
+        self.path = file.path
+        self.header = header
+        self.view = file.view()
+        self.size = len(self.view)
+        self._seed = snapshot_seed(header.store_id)
+        trailer_at = max(self.size - TRAILER_SIZE, 0)
+        trailer = bytes(self.view[trailer_at:])
+        self.end_offset, _ = unpack_trailer(
+            trailer, self._seed, self.path, trailer_at
+        )
+        self.index, self.n_records, self.user_data_size = self._read_index(trailer_at)
+        self._table = self._scan_blocks()
+
+    def _read_index(self, trailer_at: int) -> tuple[npt.NDArray[np.void], int, int]:
+        end = self.view[self.end_offset : trailer_at]
+        table = new_table(1)
+        _, _, status = _codec.scan_frames(
+            end, 0, self._seed, self.header.sequence, table, True
+        )
+        if status != _codec.SCAN_SEALED or not _codec.check_payload(end, table[0]):
+            if status in (_codec.SCAN_MORE, _codec.SCAN_SEALED):
+                status = _codec.STATUS_BAD_PAYLOAD
+            raise corruption(self.path, self.end_offset, status, end, self._seed)
+        n_blocks = int(table[0, _codec.ROW_RECORDS])
+        size = int(table[0, _codec.ROW_PAYLOAD_SIZE])
+        expected = INDEX_HEAD.size + n_blocks * INDEX_DTYPE.itemsize
+        if size != expected or len(end) != (FRAME_HEADER_SIZE + size + 7) & ~7:
+            raise self._error(
+                self.end_offset, f"index of {n_blocks} blocks in {size} bytes"
+            )
+        payload = end[FRAME_HEADER_SIZE : FRAME_HEADER_SIZE + size]
+        n_records, user_data_size = INDEX_HEAD.unpack_from(payload)
+        index = np.frombuffer(payload, INDEX_DTYPE, n_blocks, INDEX_HEAD.size)
+        return index, n_records, user_data_size
+
+    def _scan_blocks(self) -> npt.NDArray[np.uint64]:
+        """Check the headers of all blocks, and that the index agrees with them."""
+        n_blocks = len(self.index)
+        table = new_table(n_blocks)
+        blocks = self.view[: self.end_offset]
+        n, stop, status = _codec.scan_frames(
+            blocks, FILE_HEADER_SIZE, self._seed, 0, table, True
+        )
+        if n < n_blocks:
+            raise corruption(self.path, stop, status, blocks[stop:], self._seed)
+        if stop != self.end_offset:
+            raise self._error(stop, "blocks and index do not meet")
+        for field, column in (
+            ("offset", _codec.ROW_OFFSET),
+            ("n_records", _codec.ROW_RECORDS),
+            ("user_data_size", _codec.ROW_USER_DATA_SIZE),
+            ("header_checksum", _codec.ROW_CHECKSUM),
+        ):
+            wrong = np.flatnonzero(self.index[field] != table[:, column])
+            if len(wrong):
+                raise self._error(
+                    int(table[wrong[0], _codec.ROW_OFFSET]),
+                    f"the index has another {field} for block {int(wrong[0])}",
+                )
+        first, last = self.index["first_key"], self.index["last_key"]
+        wrong = np.flatnonzero((first > last) | np.append(first[1:] <= last[:-1], False))
+        if len(wrong):
+            raise self._error(
+                int(self.index["offset"][wrong[0]]),
+                f"block {int(wrong[0])} is out of order in the index",
+            )
+        totals = (
+            sum(self.index["n_records"].tolist()),
+            sum(self.index["user_data_size"].tolist()),
+        )
+        if totals != (self.n_records, self.user_data_size):
+            raise self._error(self.end_offset, "the sums of the index do not agree")
+        return table
+
+    def _error(self, offset: int, reason: str) -> CorruptionError:
+        return CorruptionError(self.path, offset, reason)
+
+    @property
+    def n_blocks(self) -> int:
+        """How many blocks there are."""
+        return len(self.index)
+
+    def block_range(self, block: int) -> tuple[int, int]:
+        """Return where the frame of a block begins and ends in the file."""
+        start = int(self.index["offset"][block])
+        if block + 1 < self.n_blocks:
+            return start, int(self.index["offset"][block + 1])
+        return start, self.end_offset
+
+    def _check_block(self, block: int, n: int, status: int, columns: Columns) -> None:
+        offset = int(self.index["offset"][block])
+        if n == 0:
+            frame = self.view[offset : self.block_range(block)[1]]
+            raise corruption(self.path, offset, status, frame, self._seed)
+        bad = _codec.first_disorder(columns.keys, columns.values)
+        if bad >= 0:
+            raise self._error(
+                offset, f"record {bad} of block {block} is out of order or deleted"
+            )
+        row = self.index[block]
+        if len(columns) and (
+            columns.keys[0] != row["first_key"] or columns.keys[-1] != row["last_key"]
+        ):
+            raise self._error(offset, f"the index has other keys for block {block}")
+
+    def read_block(self, block: int) -> Columns:
+        """Decode and check one block."""
+        columns, n, status = decode(self.view, self._table[block : block + 1])
+        self._check_block(block, n, status, columns)
+        return columns
+
+    def read_all(
+        self, threads: int = 1, on_bytes: Callable[[int], None] | None = None
+    ) -> Columns:
+        """Decode all blocks, each straight into its place in the result."""
+        whole = Columns.allocate(self.n_records, self.user_data_size)
+        starts = np.concatenate([[0], np.cumsum(self.index["n_records"], dtype=np.uint64)])
+        sizes = np.concatenate([[0], np.cumsum(self.index["user_data_size"])])
+        record_at, data_at = starts.tolist(), sizes.astype(np.uint64).tolist()
+
+        def read(block: int) -> int:
+            start, stop = int(record_at[block]), int(record_at[block + 1])
+            low, high = int(data_at[block]), int(data_at[block + 1])
+            n, status = decode_into(
+                self.view,
+                self._table[block : block + 1],
+                whole.target(start, stop, low, high),
+                low,
+            )
+            self._check_block(block, n, status, whole.part(start, stop))
+            low, high = self.block_range(block)
+            return high - low
+
+        for size in ordered_map(read, range(self.n_blocks), threads):
+            if on_bytes:
+                on_bytes(size)
+        return whole
+
+    def check_payloads(self, threads: int = 1) -> None:
+        """Read every block back and check its checksum, without decoding it."""
+
+        def check(block: int) -> None:
+            if not _codec.check_payload(self.view, self._table[block]):
+                offset, end = self.block_range(block)
+                raise corruption(
+                    self.path,
+                    offset,
+                    _codec.STATUS_BAD_PAYLOAD,
+                    self.view[offset:end],
+                    self._seed,
+                )
+
+        for _ in ordered_map(check, range(self.n_blocks), threads):
+            pass
+
+
+def split_into_blocks(columns: Columns) -> list[Columns]:
+    """Cut sorted records into parts of a block each, of about equal size."""
+    n = len(columns)
+    if n == 0:
+        return []
+    n_parts = max(1, round(n / BLOCK_RECORDS_TARGET))
+    if columns.user_data_size <= BLOCK_USER_DATA_SIZE_MAX * n_parts // 2:
+        # Nothing is near the bound in bytes unless sizes vary wildly; checked below.
+        cuts = [n * i // n_parts for i in range(n_parts + 1)]
+        parts = [columns.part(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        if all(part.user_data_size <= BLOCK_USER_DATA_SIZE_MAX for part in parts):
+            return parts
+    parts = []
+    start = 0
+    while start < n:
+        limit = int(columns.offsets[start]) + BLOCK_USER_DATA_SIZE_MAX
+        by_size = int(np.searchsorted(columns.offsets, limit, side="right")) - 1
+        stop = min(max(by_size, start + 1), start + BLOCK_RECORDS_TARGET, n)
+        parts.append(columns.part(start, stop))
+        start = stop
+    return parts
+
+
+class SnapshotWriter:
+    """Writes a snapshot block by block under its temporary name. Not thread-safe.
+
+    Parameters
+    ----------
+    directory : DirectoryProtocol
+        Where it is to lie.
+    name : FileName
+        Its name once published.
+    store_id : bytes
+        That of the store.
+    sequence : int
+        The last sequence that it will contain.
+    """
+
+    def __init__(
+        self,
+        directory: DirectoryProtocol,
+        name: FileName,
+        store_id: bytes,
+        sequence: int,
+    ) -> None:
+        self._directory = directory
+        self._name = name
+        self._sequence = sequence
+        self._seed = snapshot_seed(store_id)
+        self._rows: list[npt.NDArray[np.void]] = []
+        self._pending: list[bytes | bytearray | memoryview] = []
+        self._pending_size = 0
+        self._written = 0
+        self._file = directory.create(name.temporary)
+        header = FileHeader(
+            "snapshot", store_id, name.number, sequence, time.time_ns()
+        )
+        self._put(header.pack())
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file so far."""
+        return self._written + self._pending_size
+
+    def _put(self, data: bytes | bytearray | memoryview) -> None:
+        self._pending.append(data)
+        self._pending_size += len(data)
+        if self._pending_size >= _WRITE_SIZE:
+            self._write_pending()
+
+    def _write_pending(self) -> None:
+        if self._pending:
+            self._file.write(self._pending, self._written)
+            self._written += self._pending_size
+            self._pending, self._pending_size = [], 0
+
+    def put_block(self, columns: Columns, frame: bytearray) -> None:
+        """Append a block that :func:`frames.encode` made of `columns`."""
+        _codec.finish_frame(frame, self._seed, 0, 0)
+        row = np.zeros(1, INDEX_DTYPE)
+        row["offset"] = self.size
+        row["first_key"] = columns.keys[0]
+        row["last_key"] = columns.keys[-1]
+        row["user_data_size"] = columns.user_data_size
+        row["n_records"] = len(columns)
+        row["header_checksum"] = int.from_bytes(frame[:4], "little")
+        self._rows.append(row)
+        self._put(frame)
+
+    def encode_and_put(self, columns: Columns, level: int) -> None:
+        """Encode and append one block."""
+        self.put_block(columns, encode(KIND_BLOCK, columns, level))
+
+    def copy_blocks(self, reader: SnapshotReader, start: int, stop: int) -> None:
+        """Append blocks of another snapshot of this store, bytes and checksums as they are."""
+        rows = reader.index[start:stop].copy()
+        first, end = reader.block_range(start)[0], reader.block_range(stop - 1)[1]
+        # Modulo 2**64: the blocks may move either way.
+        rows["offset"] += np.uint64((self.size - first) % 2**64)
+        self._rows.append(rows)
+        for offset in range(first, end, _WRITE_SIZE):
+            self._put(reader.view[offset : min(offset + _WRITE_SIZE, end)])
+
+    def publish(self) -> int:
+        """Write index and trailer, sync, rename, sync the directory; return the size."""
+        index = (
+            np.concatenate(self._rows) if self._rows else np.zeros(0, dtype=INDEX_DTYPE)
+        )
+        head = INDEX_HEAD.pack(
+            sum(index["n_records"].tolist()), sum(index["user_data_size"].tolist())
+        )
+        payload = (head, index.tobytes())
+        end = _codec.encode_payload(KIND_END, LAYOUT_PLAIN, len(index), 0, payload)
+        _codec.finish_frame(end, self._seed, self._sequence, 0)
+        end_offset = self.size
+        self._put(end)
+        self._put(pack_trailer(self._seed, end_offset, len(end)))
+        self._write_pending()
+        self._file.sync()
+        self._file.close()
+        publish(self._directory, self._name)
+        return self._written
+
+    def close(self) -> None:
+        """Give the file back; what is not published stays under its temporary name."""
+        self._file.close()

@@ -1,0 +1,61 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+from metastore import MetadataStore
+from metastore.columns import Recovered
+
+# A store's work is mostly waiting for the disk: no deadline tells anything there.
+hypothesis.settings.register_profile(
+    "metastore",
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("metastore")
+
+SEED = int(os.environ.get("METASTORE_TEST_SEED", random.randrange(2**32)))
+
+Recover = Callable[..., tuple[MetadataStore, Recovered]]
+
+
+def pytest_report_header() -> str:
+    return f"metastore: METASTORE_TEST_SEED={SEED}"
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """Random numbers that METASTORE_TEST_SEED repeats, whatever other tests run."""
+    print(f"METASTORE_TEST_SEED={SEED}")
+    return random.Random(f"{SEED} {request.node.nodeid}")
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Path:
+    """Where a store may be made; nothing is there yet."""
+    return tmp_path / "db"
+
+
+@pytest.fixture
+def recover(db: Path) -> Iterator[Recover]:
+    """``MetadataStore.recover(db)`` that shuts down what a test leaves open."""
+    stores = []
+
+    def recover_here(
+        path: Path = db, **options: object
+    ) -> tuple[MetadataStore, Recovered]:
+        store, recovered = MetadataStore.recover(path, **options)
+        stores.append(store)
+        return store, recovered
+
+    yield recover_here
+    for store in stores:
+        store.shutdown()

@@ -1,0 +1,38 @@
+"""The real store, made small and repeatable for histories on a simulated disk."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Iterator
+from unittest import mock
+
+from disk import SECTOR_SIZE
+from histories import LOG_SIZE_BYTES_MIN, Store
+from metastore import MetadataStore, engine, log, snapshot
+from metastore.directory import DirectoryProtocol
+from verbs import State, content
+
+
+def recover_small(
+    directory: DirectoryProtocol, *, inline: bool = True
+) -> tuple[Store, State]:
+    """Recover a store that rotates every few batches, and runs no thread if `inline`."""
+    store, recovered = MetadataStore._recover_in(
+        directory, inline=inline, threads=1, log_size_bytes_min=LOG_SIZE_BYTES_MIN
+    )
+    return store, content(recovered)
+
+
+@contextlib.contextmanager
+def repeatable() -> Iterator[None]:
+    """Let every run of a history write the same bytes, and few zeros ahead."""
+    clock = types.SimpleNamespace(time_ns=lambda: 1)
+    dice = types.SimpleNamespace(token_bytes=lambda size: b"\x5a" * size)
+    with (
+        mock.patch.object(engine, "secrets", dice),
+        mock.patch.object(log, "time", clock),
+        mock.patch.object(snapshot, "time", clock),
+        mock.patch.object(log, "_AHEAD_SIZE_MIN", 2 * SECTOR_SIZE),
+    ):
+        yield

@@ -1,0 +1,248 @@
+"""Directories in which no store can be: an error that says so, and nothing changed."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from metastore import MetadataStore
+from metastore.errors import StoreFailedError, StoreLockedError
+from verbs import files, numbered, read, states, write
+
+#: What the system says of a place where nothing can be written.
+CANNOT_WRITE = "|".join(map(os.strerror, [errno.EPERM, errno.EACCES, errno.EROFS]))
+NO_SPACE = os.strerror(errno.ENOSPC)
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+# Paths
+
+
+def test_a_path_that_is_a_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"mine")
+    with pytest.raises(OSError, match="file") as caught:
+        MetadataStore.recover(path)
+    assert caught.value.errno in (errno.EEXIST, errno.ENOTDIR)
+    assert path.read_bytes() == b"mine"
+
+
+def test_a_parent_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_bytes(b"mine")
+    with pytest.raises(OSError, match="file") as caught:
+        MetadataStore.recover(tmp_path / "file" / "db")
+    assert caught.value.errno in (errno.EEXIST, errno.ENOTDIR)
+    assert files(tmp_path) == {"file": b"mine"}
+
+
+def test_a_link_that_points_nowhere(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OSError, match="link"):
+        MetadataStore.recover(tmp_path / "link")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_name_that_is_too_long(tmp_path):
+    with pytest.raises(OSError, match="xxx") as caught:
+        MetadataStore.recover(tmp_path / ("x" * 300))
+    assert caught.value.errno == errno.ENAMETOOLONG
+
+
+def test_a_warning_name_that_is_taken_by_a_directory(db):
+    write(db, numbered(2))
+    (db / "DO_NOT_PUT_YOUR_FILES_HERE").unlink()
+    (db / "DO_NOT_PUT_YOUR_FILES_HERE").mkdir()
+    assert read(db) == states(numbered(2))[-1]
+
+
+# Read-only places. Tests may run as root, whom permissions do not stop.
+
+
+@pytest.fixture
+def frozen(tmp_path: Path) -> Iterator[Path]:
+    """A directory, with a store in it, in which no name can be made or removed."""
+    path = tmp_path / "frozen"
+    write(path, numbered(2))
+    if os.geteuid() != 0:
+        path.chmod(0o555)
+        yield path
+        path.chmod(0o755)
+        return
+    try:
+        subprocess.run(["chattr", "+i", path], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"this file system has no immutable directories: {error}")
+    yield path
+    subprocess.run(["chattr", "-i", path], check=True)
+
+
+def test_a_directory_that_cannot_be_written(frozen):
+    before = files(frozen)
+    for _ in range(2):  # the lock is free again after the first
+        with pytest.raises(OSError, match=CANNOT_WRITE) as caught:
+            MetadataStore.recover(frozen)
+        assert not isinstance(caught.value, StoreLockedError)
+    assert files(frozen) == before
+
+
+def test_a_parent_that_cannot_be_written(frozen):
+    with pytest.raises(OSError, match=CANNOT_WRITE):
+        MetadataStore.recover(frozen / "db")
+    assert not (frozen / "db").exists()
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Path]:
+    """A small file system of its own: 1 MiB."""
+    path = tmp_path / "mounted"
+    path.mkdir()
+    try:
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1m", "none", path],
+            check=True,
+            capture_output=True,
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no file system can be mounted here: {error}")
+    yield path
+    subprocess.run(["umount", path], check=True)
+
+
+def remount(path: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", path], check=True)
+
+
+def test_a_read_only_file_system(mounted):
+    write(mounted / "db", numbered(3))
+    before = files(mounted)
+    remount(mounted, "ro")
+    with pytest.raises(OSError, match=os.strerror(errno.EROFS)):
+        MetadataStore.recover(mounted / "db")
+    with pytest.raises(OSError, match=os.strerror(errno.EROFS)):
+        MetadataStore.recover(mounted / "new")
+    remount(mounted, "rw")
+    assert files(mounted) == before
+    assert read(mounted / "db") == states(numbered(3))[-1]
+
+
+def test_a_full_disk_fails_the_batch_and_keeps_what_was_acknowledged(mounted, rng):
+    """The batch fails, the error sticks, what was acknowledged stays."""
+    path = mounted / "db"
+    store, _ = MetadataStore.recover(path)
+    acknowledged = {}
+
+    def fill() -> None:
+        for key in range(1, 1000):
+            data = rng.randbytes(10_000)
+            store.insert_batch([(key, (key, data))])
+            acknowledged[key] = (key, data)
+
+    with pytest.raises(OSError, match=NO_SPACE):
+        fill()
+    assert len(acknowledged) > 10
+    with pytest.raises(StoreFailedError, match=NO_SPACE):
+        store.insert_batch([(5000, (1, b"small enough, but nothing is retried"))])
+    store.shutdown()
+    remount(mounted, "size=8m")
+    found = read(path)
+    assert {key: found[key] for key in acknowledged} == acknowledged
+    assert set(found) <= {*acknowledged, len(acknowledged) + 1}
+    write(path, [[(6000, (1, b"works again"))]])
+    assert read(path)[6000] == (1, b"works again")
+
+
+def test_recover_on_a_full_disk_changes_nothing_that_is_there(mounted):
+    path = mounted / "db"
+    write(path, numbered(20))
+    before = {name: data for name, data in files(path).items() if "log" in name}
+    free = os.statvfs(mounted)
+    (mounted / "filler").write_bytes(bytes(free.f_bavail * free.f_frsize))
+    with pytest.raises(OSError, match=NO_SPACE):
+        MetadataStore.recover(path)
+    assert before.items() <= files(path).items()
+    (mounted / "filler").unlink()
+    assert read(path) == states(numbered(20))[-1]
+
+
+# Locking
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks(db, monkeypatch, number):
+    write(db, numbered(2))
+    before = files(db)
+    held = descriptors()
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", refuse)
+        with pytest.raises(OSError, match="lock") as caught:
+            MetadataStore.recover(db)
+    assert caught.value.errno == number
+    assert caught.value.filename == str(db)
+    assert not isinstance(caught.value, StoreLockedError)
+    assert files(db) == before
+    assert descriptors() == held
+    assert read(db) == states(numbered(2))[-1]
+
+
+def test_two_openers_in_one_process(db, recover):
+    store, _ = recover()
+    store.insert_batch([(1, (1, b"one"))])
+    before = files(db)
+    held = descriptors()
+    for _ in range(3):
+        with pytest.raises(StoreLockedError) as caught:
+            MetadataStore.recover(db)
+        assert caught.value.path == str(db)
+        assert caught.value.holder_pid == os.getpid()
+    assert files(db) == before
+    assert descriptors() == held
+    assert store.insert_batch([(2, (2, b"two"))]) == 2
+    store.shutdown()
+    assert read(db) == {1: (1, b"one"), 2: (2, b"two")}
+
+
+def test_two_names_of_one_directory_are_one_lock(tmp_path, db, recover):
+    recover()
+    (tmp_path / "link").symlink_to(db)
+    with pytest.raises(StoreLockedError):
+        MetadataStore.recover(tmp_path / "link")
+
+
+def test_a_directory_locked_by_someone_else(db, recover):
+    """Whoever holds the flock counts, also a program that is no store."""
+    db.mkdir()
+    descriptor = os.open(db, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with pytest.raises(StoreLockedError):
+            MetadataStore.recover(db)
+        assert files(db) == {}
+    finally:
+        os.close(descriptor)
+    recover()
+
+
+def test_a_failed_recover_frees_the_lock(db, recover):
+    write(db, numbered(2))
+    held = descriptors()
+
+    def fail(done: int, total: int) -> None:
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        MetadataStore.recover(db, progress=fail)
+    assert descriptors() == held
+    recover()

@@ -1,0 +1,777 @@
+"""metastore's codec against the oracle, and its kernels against obvious models."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import struct
+from collections.abc import Sequence
+
+import crc32c
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import oracle
+import strategies
+from metastore import _codec, _merge, columns, frames
+from metastore import format as layouts
+from metastore.columns import Columns
+
+STORE_ID = bytes(range(16))
+LOG = oracle.FileHeader("log", STORE_ID, 3, 1)
+SNAPSHOT = oracle.FileHeader("snapshot", STORE_ID, 3, 9)
+SEQUENCE = 5
+LEVEL = 1
+
+Records = list[oracle.Record]
+
+
+def to_columns(records: Sequence[oracle.Record]) -> Columns:
+    lengths = [len(data) for _, _, data in records]
+    return Columns(
+        np.array([key for key, _, _ in records], dtype=np.uint64),
+        np.array([value for _, value, _ in records], dtype=np.uint64),
+        np.cumsum([0, *lengths], dtype=np.uint64),
+        np.frombuffer(b"".join(data for _, _, data in records), dtype=np.uint8),
+    )
+
+
+def to_records(found: Columns) -> Records:
+    offsets = found.offsets.tolist()
+    data = found.user_data.tobytes()
+    return [
+        (key, value, data[low:high])
+        for key, value, low, high in zip(
+            found.keys.tolist(),
+            found.values.tolist(),
+            offsets,
+            offsets[1:],
+            strict=False,
+        )
+    ]
+
+
+def metastore_reads(data: bytes, offset: int = 0) -> Records | None:
+    """The batch that metastore finds at `offset`; None if it refuses it."""
+    view = memoryview(data)
+    table = frames.new_table(1)
+    n, _, _ = _codec.scan_frames(view, offset, LOG.seed, SEQUENCE, table)
+    if n == 0:
+        return None
+    found, n, _ = frames.decode(view, table)
+    return to_records(found) if n else None
+
+
+def oracle_reads(data: bytes, offset: int = 0) -> Records | None:
+    """The same of the oracle."""
+    try:
+        return oracle.read_frame(data, offset, LOG, SEQUENCE).records
+    except oracle.OracleError:
+        return None
+
+
+def finished(frame: bytearray) -> bytes:
+    """The bytes of a batch that metastore encoded."""
+    _codec.finish_frame(frame, LOG.seed, SEQUENCE, SEQUENCE - 1)
+    return bytes(frame)
+
+
+def batch_frame(payload: oracle.Payload) -> bytes:
+    """The frame of a batch around any payload, valid or not."""
+    return oracle.pack_frame(
+        LOG.seed, oracle.BATCH, payload, sequence=SEQUENCE, durable=SEQUENCE - 1
+    )
+
+
+# What the one writes, the other reads
+
+
+@given(strategies.batches())
+def test_oracle_reads_a_batch_of_tuples(records: Records) -> None:
+    batch = [
+        (key, (value, user_data) if value else None)
+        for key, value, user_data in records
+    ]
+    data = finished(frames.encode_batch(batch, LEVEL))
+    assert data == batch_frame(oracle.pack_plain(records))
+    assert metastore_reads(data) == records
+
+
+@given(strategies.batches())
+def test_oracle_reads_plain_columns(records: Records) -> None:
+    data = finished(frames.encode(_codec.KIND_BATCH, to_columns(records), LEVEL))
+    assert data == batch_frame(oracle.pack_plain(records))
+
+
+@given(strategies.shaped, st.sampled_from([1, 3, 9]))
+def test_oracle_reads_blocks(records: Records, level: int) -> None:
+    frame = frames.encode(_codec.KIND_BLOCK, to_columns(records), level)
+    _codec.finish_frame(frame, SNAPSHOT.seed, 0, 0)
+    block = oracle.read_frame(bytes(frame), 0, SNAPSHOT, 10)
+    assert block.records == records
+    assert block.size == len(frame)
+    # A block is packed if and only if that makes it smaller than plain.
+    plain_size = len(oracle.pack_plain(records).data)
+    is_packed = block.payload.layout == oracle.PACKED
+    assert len(block.payload.data) < plain_size or not is_packed
+
+    table = frames.new_table(1)
+    scanned = _codec.scan_frames(frame, 0, SNAPSHOT.seed, 0, table, True)
+    assert scanned == (1, len(frame), _codec.SCAN_MORE)
+    found, n, status = frames.decode(memoryview(frame), table)
+    assert (n, status) == (1, 0)
+    assert to_records(found) == records
+    assert _codec.first_disorder(found.keys, found.values) == -1
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["any", "text", "counter"]))
+def test_oracle_reads_large_batches(seed: int, user_data: str) -> None:
+    rng = random.Random(seed)
+    records = strategies.shaped_records(rng, 400, length=300, user_data=user_data)
+    rng.shuffle(records)
+    records += [(key, 0, b"") for key, _, _ in records[:20]] + records[10:15]
+    batch = [(key, (value, data) if value else None) for key, value, data in records]
+    for frame in (
+        frames.encode(_codec.KIND_BATCH, to_columns(records), LEVEL),
+        frames.encode_batch(batch, LEVEL),
+    ):
+        data = finished(frame)
+        assert oracle_reads(data) == metastore_reads(data) == records
+        layout = oracle.get_field(data, 0, "layout")
+        assert layout == (oracle.PLAIN if user_data == "any" else oracle.PACKED)
+
+
+def test_every_form_of_packing_is_written(rng: random.Random) -> None:
+    found = set()
+    for keys in strategies.KEY_SHAPES:
+        for values in strategies.VALUE_SHAPES:
+            for length in strategies.LENGTHS:
+                for user_data in ("any", "text"):
+                    records = strategies.shaped_records(
+                        rng, 300, keys, values, length, user_data
+                    )
+                    frame = bytes(
+                        frames.encode(_codec.KIND_BLOCK, to_columns(records), LEVEL)
+                    )
+                    found |= forms_of(frame)
+    assert {
+        ("keys", "delta"),
+        ("keys", "planes"),
+        ("keys", "whole"),
+        ("values", "none"),
+        ("values", "delta"),
+        ("values", "planes"),
+        ("values", "whole"),
+        ("lengths", "planes"),
+        ("user data", "planes"),
+        ("user data", "whole"),
+        ("keys", "constant"),
+        ("keys", "raw"),
+        ("keys", "zstd"),
+        ("values", "constant"),
+        ("values", "raw"),
+        ("values", "zstd"),
+        ("lengths", "constant"),
+        ("lengths", "zstd"),
+        ("user data", "raw"),
+        ("user data", "zstd"),
+    } <= found
+
+
+def forms_of(frame: bytes) -> set[tuple[str, str]]:
+    """Which filters, shapes and encodings the columns of a frame have."""
+    if oracle.get_field(frame, 0, "layout") == oracle.PLAIN:
+        return set()
+    payload = frame[48:]
+    at = 16
+    found = set()
+    for which, name in enumerate(("keys", "values", "lengths", "user data")):
+        column_filter, count, _ = oracle.PACKED_COLUMN.unpack_from(payload, 4 * which)
+        found.add((name, "delta" if column_filter else "none"))
+        found.add((name, "planes" if count > 1 else "whole"))
+        for _ in range(count):
+            _, encoding, _, _ = oracle.PACKED_SECTION.unpack_from(payload, at)
+            found.add((name, ("constant", "raw", "zstd")[encoding]))
+            at += 8
+    return found
+
+
+@given(strategies.batches(size_min=1), strategies.choices)
+def test_metastore_reads_every_legal_packing(
+    records: Records, choices: tuple[oracle.ColumnChoice, ...]
+) -> None:
+    data = batch_frame(oracle.pack_packed(records, choices))
+    assert metastore_reads(data) == records
+
+
+@settings(max_examples=50)
+@given(strategies.shaped, strategies.choices)
+def test_metastore_reads_long_packed_columns(
+    records: Records, choices: tuple[oracle.ColumnChoice, ...]
+) -> None:
+    data = batch_frame(oracle.pack_packed(records, choices))
+    assert metastore_reads(data) == records
+
+
+@given(st.lists(strategies.batches(), max_size=5), st.integers(0, 7), st.booleans())
+def test_metastore_scans_many_frames(
+    batches: list[Records], shift: int, sealed: bool
+) -> None:
+    # The kernels load by memcpy: a base that is not aligned makes no difference.
+    data = oracle.write_log(STORE_ID, 3, 1, batches, sealed=sealed, n_zeros=64)
+    view = memoryview(bytes(shift) + data)[shift:]
+    table = frames.new_table(len(batches) + 2)
+    n, offset, status = _codec.scan_frames(view, 64, LOG.seed, 1, table)
+    log = oracle.read_log(data, 3, newest=True)
+    assert n == len(batches)
+    assert table[:n, _codec.ROW_OFFSET].tolist() == [b.offset for b in log.batches]
+    sizes = [len(batch) for batch in batches]
+    assert table[:n, _codec.ROW_RECORDS].tolist() == sizes
+    if sealed:
+        assert log.end is not None
+        assert (offset, status) == (log.end.offset, _codec.SCAN_SEALED)
+        assert int(table[n, _codec.ROW_OFFSET]) == offset
+    else:
+        assert offset == log.content_size
+        assert status == _codec.STATUS_BAD_HEADER
+    found, decoded, _ = frames.decode(view, table[:n])
+    assert decoded == n
+    assert to_records(found) == [record for batch in batches for record in batch]
+
+
+def test_payloads_are_decoded_up_to_the_first_bad_one() -> None:
+    batches = [[(i, 7, b"data %d" % i)] for i in range(5)]
+    data = oracle.write_log(STORE_ID, 3, 1, batches)
+    data = oracle.flip_bit(data, oracle.frame_offsets(data)[3] + 50)
+    table = frames.new_table(9)
+    n, _, _ = _codec.scan_frames(data, 64, LOG.seed, 1, table)
+    found, decoded, status = frames.decode(memoryview(data), table[:n])
+    assert (decoded, status) == (3, _codec.STATUS_BAD_PAYLOAD)
+    assert to_records(found) == [batch[0] for batch in batches[:3]]
+
+
+# Forged frames whose checksums agree: refused exactly when the oracle refuses them
+
+
+SORTED = [(key, 1000 * key, b"%04d" % key) for key in range(10, 74)]
+HOSTILE_SIZES = (0, 1, 2, 7, 2**31 - 1, 2**31, 2**32 - 1)
+HOSTILE_U64 = (*HOSTILE_SIZES, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 48, 2**64 - 1)
+FRAMES = {
+    "plain": batch_frame(oracle.pack_plain(SORTED)),
+    "packed": batch_frame(oracle.pack_packed(SORTED)),
+    "whole columns": batch_frame(oracle.pack_packed(SORTED, oracle.PLAIN_CHOICES)),
+    "one record": batch_frame(oracle.pack_plain(SORTED[:1])),
+    "empty": batch_frame(oracle.pack_plain([])),
+}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+@pytest.mark.parametrize("field", [f for f in oracle.FRAME_FIELDS if f != "checksum"])
+def test_forged_frame_header(name: str, field: str) -> None:
+    data = FRAMES[name]
+    now = oracle.get_field(data, 0, field)
+    size = struct.calcsize(oracle.FRAME_FIELDS[field][1])
+    numbers = {
+        n for n in (*HOSTILE_U64, now - 1, now + 1, now + 8) if 0 <= n < 256**size
+    }
+    for number in sorted(numbers):
+        forged = oracle.forge(data, 0, field, number, LOG.seed)
+        found = metastore_reads(forged)
+        assert found == oracle_reads(forged), number
+        # Every field counts, but a lower durable is as good.
+        if number != now and not (field == "durable" and number < now):
+            assert found is None, number
+
+
+def forge_packed(
+    columns: list[oracle.PackedColumn], n_records: int | None = None, size: int = 256
+) -> bytes:
+    """The frame of SORTED with packed columns that a test has forged."""
+    n_records = len(SORTED) if n_records is None else n_records
+    stored = oracle.join_packed(columns)
+    return batch_frame(oracle.Payload(oracle.PACKED, n_records, size, stored))
+
+
+def forged_column(which: int, **changes: object) -> list[oracle.PackedColumn]:
+    found = oracle.packed_columns(SORTED, oracle.SORTED_CHOICES)
+    found[which] = dataclasses.replace(found[which], **changes)
+    return found
+
+
+def forged_section(which: int, section: int, **changes: object) -> bytes:
+    found = oracle.packed_columns(SORTED, oracle.SORTED_CHOICES)
+    sections = list(found[which].sections)
+    sections[section] = dataclasses.replace(sections[section], **changes)
+    found[which] = dataclasses.replace(found[which], sections=sections)
+    return forge_packed(found)
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_forged_column_table(which: int) -> None:
+    columns = oracle.packed_columns(SORTED, oracle.SORTED_CHOICES)
+    assert metastore_reads(forge_packed(columns)) == SORTED
+    for claimed in range(256):
+        data = forge_packed(forged_column(which, claimed_sections=claimed))
+        found = metastore_reads(data)
+        assert found == oracle_reads(data)
+        assert (found is None) == (claimed != len(columns[which].sections))
+    for column_filter in range(256):
+        data = forge_packed(forged_column(which, filter=column_filter))
+        assert metastore_reads(data) == oracle_reads(data)
+        assert (oracle_reads(data) is not None) == (
+            column_filter == oracle.NO_FILTER
+            or (column_filter == oracle.DELTA and which in (oracle.KEYS, oracle.VALUES))
+        )
+    for zero in (1, 0x100, 0xFFFF):
+        data = forge_packed(forged_column(which, zero=zero))
+        assert oracle_reads(data) is None
+        assert metastore_reads(data) is None
+
+
+@pytest.mark.parametrize(("which", "section"), [(0, 0), (1, 0), (1, 7), (2, 1), (3, 3)])
+def test_forged_section_table(which: int, section: int) -> None:
+    columns = oracle.packed_columns(SORTED, oracle.SORTED_CHOICES)
+    true_size = len(columns[which].sections[section].stored)
+    encoding = columns[which].sections[section].encoding
+    changes: list[dict[str, int]] = [
+        {"claimed_size": size}
+        for size in {*HOSTILE_SIZES, true_size - 1, true_size + 1}
+        if size >= 0
+    ]
+    changes += [{"encoding": number} for number in range(256)]
+    changes += [{"zero": zero} for zero in (1, 0x100, 0xFFFF)]
+    changes += [{"constant": constant} for constant in (1, 255)]
+    for change in changes:
+        data = forged_section(which, section, **change)
+        found = metastore_reads(data)
+        assert found == oracle_reads(data), change
+        if "zero" in change or change.get("encoding", 0) > oracle.ZSTD:
+            assert found is None, change
+        if "constant" in change:
+            assert (found is None) == (encoding != oracle.CONSTANT)
+
+
+PLANE = b"ab" * 32  # of user data: 64 bytes, as many as there are records
+
+
+def zstd_frames() -> dict[str, tuple[bytes, bool]]:
+    """Stored bytes of a zstd section whose content is PLANE, and whether they may be."""
+    good = oracle.pack_zstd(PLANE)
+    unsized = zstandard.ZstdCompressor(write_content_size=False).compress(PLANE)
+    checked = zstandard.ZstdCompressor(write_checksum=True).compress(PLANE)
+    skippable = struct.pack("<II", 0x184D2A50, 4) + b"skip"
+    dictionary = zstandard.ZstdCompressionDict(b"abababababababab" * 8)
+    with_dictionary = zstandard.ZstdCompressor(dict_data=dictionary).compress(PLANE)
+    return {
+        "good": (good, True),
+        "best level": (oracle.pack_zstd(PLANE, 19), True),
+        "own checksum": (checked, True),
+        "own checksum wrong": (oracle.flip_bit(checked, len(checked) - 1), False),
+        "size not stated": (unsized, False),
+        "content shorter": (oracle.pack_zstd(PLANE[:-1]), False),
+        "content longer": (oracle.pack_zstd(PLANE + b"a"), False),
+        "stated size wrong": (oracle.set_byte(good, 5, good[5] + 1), False),
+        "cut": (good[:-1], False),
+        "magic only": (good[:4], False),
+        "byte behind": (good + b"\0", False),
+        "two frames": (good + oracle.pack_zstd(b""), False),
+        "skippable behind": (good + skippable, False),
+        "skippable before": (skippable + good, False),
+        "skippable alone": (struct.pack("<II", 0x184D2A50, 64), False),
+        "other magic": (oracle.flip_bit(good, 0), False),
+        "dictionary": (with_dictionary, False),
+        "not zstd": (b"\0" * 20, False),
+        "nothing": (b"", False),
+        "does not shrink": (good + bytes(64 - len(good)), False),
+    }
+
+
+@pytest.mark.parametrize("name", zstd_frames())
+def test_forged_zstd_section(name: str) -> None:
+    stored, valid = zstd_frames()[name]
+    records = [
+        (key, value, b"%c--%c" % (a, a))
+        for (key, value, _), a in zip(SORTED, PLANE, strict=True)
+    ]
+    found = oracle.packed_columns(records, oracle.SORTED_CHOICES)
+    sections = list(found[oracle.USER_DATA].sections)
+    sections[3] = oracle.Section(oracle.ZSTD, stored)
+    found[oracle.USER_DATA] = oracle.PackedColumn(oracle.NO_FILTER, sections)
+    data = forge_packed(found)
+    assert oracle_reads(data) == (records if valid else None)
+    assert metastore_reads(data) == oracle_reads(data)
+
+
+def test_zstd_frame_must_be_smaller_than_its_content() -> None:
+    # Valid zstd, of the right size, and longer than what it unpacks to.
+    stored = oracle.pack_zstd(PLANE[:2])
+    for size in (2, 2 + 62):
+        assert (len(stored) < size) == (size > 2)
+    records = [(1, 1, b"ab")]
+    found = oracle.packed_columns(records, oracle.PLAIN_CHOICES)
+    found[oracle.USER_DATA] = oracle.PackedColumn(
+        oracle.NO_FILTER, [oracle.Section(oracle.ZSTD, stored)]
+    )
+    data = forge_packed(found, n_records=1, size=2)
+    assert oracle_reads(data) is None
+    assert metastore_reads(data) is None
+
+
+@pytest.mark.parametrize("width", [1, 2, 63, 64, 65])
+@pytest.mark.parametrize("same", [True, False])
+def test_planes_of_user_data_need_one_length(width: int, same: bool) -> None:
+    lengths = [width] * 4 if same else [width - 1, width + 1, width, width]
+    records = [(i, 1, b"u" * length) for i, length in enumerate(lengths)]
+    found = oracle.packed_columns(records, oracle.PLAIN_CHOICES)
+    planes = oracle.split_planes(b"u" * (4 * width), width)
+    found[oracle.USER_DATA] = oracle.PackedColumn(
+        oracle.NO_FILTER, [oracle.Section(oracle.RAW, plane) for plane in planes]
+    )
+    data = forge_packed(found, n_records=4, size=4 * width)
+    legal = (same and width <= 64) or width == 1  # one section is never planes
+    assert oracle_reads(data) == (records if legal else None)
+    assert metastore_reads(data) == oracle_reads(data)
+
+
+def constant_frame(n_records: int, user_data_size: int = 0) -> bytes:
+    """The emptiest packed frame: four constant sections, 48 bytes of payload."""
+    table = [
+        oracle.PackedColumn(oracle.NO_FILTER, [oracle.Section(oracle.CONSTANT)])
+        for _ in range(4)
+    ]
+    stored = oracle.join_packed(table)
+    assert len(stored) == 48
+    payload = oracle.Payload(oracle.PACKED, n_records, user_data_size, stored)
+    return batch_frame(payload)
+
+
+def test_ratio_of_a_packed_frame_is_bounded() -> None:
+    fits = 48 * 2**15 // 20
+    found = metastore_reads(constant_frame(fits))
+    assert found == [(0, 0, b"")] * fits == oracle_reads(constant_frame(fits))
+    for n_records in (fits + 1, 2**26 // 20, 2**26 // 20 + 1, 2**32 - 1):
+        data = constant_frame(n_records)
+        assert oracle_reads(data) is None
+        assert metastore_reads(data) is None
+    for size in (2**26, 2**63, 2**64 - 20, 2**64 - 1):
+        data = constant_frame(1, size)
+        assert oracle_reads(data) is None
+        assert metastore_reads(data) is None
+
+
+def test_unpacked_size_of_a_packed_frame_is_bounded() -> None:
+    padding = bytes(2**11)  # so that the ratio alone would let it pass
+    columns = oracle.packed_columns([(1, 1, padding)], oracle.PLAIN_CHOICES)
+    for n_records in (2**26 // 20 - 100, 2**26 // 20 + 1):
+        data = forge_packed(columns, n_records=n_records, size=len(padding))
+        assert metastore_reads(data) is None  # without the memory that it claims
+        assert oracle_reads(data) is None
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_changed_payloads(data: st.DataObject) -> None:
+    frame = FRAMES[data.draw(st.sampled_from(sorted(FRAMES)))]
+    for _ in range(data.draw(st.integers(1, 3))):
+        if len(frame) > 48:
+            # Half of the changes go into the tables of a packed payload.
+            last = data.draw(
+                st.sampled_from([len(frame) - 1, min(272, len(frame) - 1)])
+            )
+            at = data.draw(st.integers(48, last))
+            frame = oracle.set_byte(frame, at, data.draw(st.integers(0, 255)))
+    # Padding is left to be found wrong.
+    frame = oracle.fix_payload_checksum(frame, 0, LOG.seed)
+    assert metastore_reads(frame) == oracle_reads(frame)
+
+
+@given(st.binary(max_size=120), st.integers(0, 3), st.integers(0, 300))
+def test_payloads_of_any_bytes(stored: bytes, n_records: int, size: int) -> None:
+    for layout in (oracle.PLAIN, oracle.PACKED):
+        data = batch_frame(oracle.Payload(layout, n_records, size, stored))
+        assert metastore_reads(data) == oracle_reads(data)
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_cut_and_flipped_frames_are_refused(name: str) -> None:
+    data = FRAMES[name]
+    for size in range(len(data)):
+        assert metastore_reads(data[:size]) is None
+    for offset in range(len(data)):
+        assert metastore_reads(oracle.flip_bit(data, offset, offset % 8)) is None
+
+
+# Scanning for what is durable (section 8)
+
+
+def test_find_durable_agrees_with_the_oracle() -> None:
+    data = oracle.write_log(
+        STORE_ID, 3, 1, [SORTED[:2], SORTED[:1], []], durables=[0, 0, 2]
+    )
+    data += b"\xff" * 51
+    for cut in (len(data), len(data) - 64, 200):
+        part = data[:cut]
+        for offset in range(0, cut, 8):
+            for sequence in range(6):
+                found = _codec.find_durable(part, offset, LOG.seed, sequence)
+                expected = oracle.claims_durable(part, offset, LOG, sequence)
+                assert (found >= 0) == expected
+                if found >= 0:
+                    assert oracle.get_field(part, found, "durable") >= sequence
+
+
+@given(st.binary(max_size=20), st.integers(0, 40), st.integers(0, 40))
+def test_find_nonzero(data: bytes, before: int, offset: int) -> None:
+    data = bytes(before) + data
+    offset = min(offset, len(data))
+    expected = next((i for i in range(offset, len(data)) if data[i]), -1)
+    assert _codec.find_nonzero(data, offset) == expected
+
+
+# crc32c
+
+
+def test_crc32c_of_all_lengths(rng: random.Random) -> None:
+    data = rng.randbytes(4300)
+    for size in range(4201):
+        start = rng.randrange(64)
+        part = memoryview(data)[start : start + size]
+        value = rng.getrandbits(32)
+        expected = crc32c.crc32c(part, value)
+        assert _codec.crc32c(part, value) == expected
+        assert _codec.crc32c_table(part, value) == expected
+
+
+def test_crc32c_goes_on(rng: random.Random) -> None:
+    data = rng.randbytes(1 << 20)
+    whole = crc32c.crc32c(data)
+    assert _codec.crc32c(data) == _codec.crc32c_table(data) == whole
+    for _ in range(50):
+        cut = rng.randrange(len(data) + 1)
+        first = _codec.crc32c(memoryview(data)[:cut])
+        assert _codec.crc32c(memoryview(data)[cut:], first) == whole
+    assert _codec.crc32c(b"123456789") == 0xE3069283
+    assert _codec.crc32c(b"") == 0
+
+
+# Kernels against models
+
+
+def uint64s(numbers: Sequence[int]) -> np.ndarray:
+    return np.array(numbers, dtype=np.uint64)
+
+
+@given(st.lists(strategies.u64, max_size=50))
+@example([])
+def test_differences_and_disorder(numbers: list[int]) -> None:
+    assert _codec.differences(uint64s(numbers)).tolist() == oracle.deltas(numbers)
+    bad = next((i for i in range(1, len(numbers)) if numbers[i] <= numbers[i - 1]), -1)
+    ones = np.ones(len(numbers), dtype=np.uint64)
+    assert _codec.first_disorder(uint64s(numbers), ones) == bad
+    assert _merge.is_increasing(uint64s(numbers)) == (bad == -1)
+
+
+@given(st.integers(0, 40), st.integers(0, 39))
+def test_disorder_finds_a_tombstone(n: int, dead: int) -> None:
+    keys = np.arange(n, dtype=np.uint64)
+    values = np.ones(n, dtype=np.uint64)
+    values[dead : dead + 1] = 0
+    assert _codec.first_disorder(keys, values) == (dead if dead < n else -1)
+
+
+@given(st.integers(1, 70), st.integers(0, 40), st.integers(0, 2**32 - 1))
+def test_split_planes(width: int, n: int, seed: int) -> None:
+    data = random.Random(seed).randbytes(width * n)
+    planes = _codec.split_planes(data, width)
+    assert [plane.tobytes() for plane in planes] == oracle.split_planes(data, width)
+
+
+def test_constant_of() -> None:
+    assert _codec.constant_of(b"") == -1
+    for size in range(1, 40):
+        assert _codec.constant_of(b"\xfe" * size) == 0xFE
+        for at in range(size if size > 1 else 0):
+            assert _codec.constant_of(oracle.flip_bit(b"\xfe" * size, at)) == -1
+
+
+keys_that_repeat = st.lists(
+    st.one_of(
+        st.integers(0, 8), strategies.u64, st.integers(0, 40).map(lambda i: 1 << i)
+    ),
+    max_size=60,
+)
+
+
+@given(keys_that_repeat)
+def test_sort_last_wins_small(keys: list[int]) -> None:
+    model = {key: i for i, key in enumerate(keys)}
+    found, order = _merge.sort_last_wins(uint64s(keys))
+    assert found.tolist() == sorted(model)
+    assert order.tolist() == [model[key] for key in sorted(model)]
+
+
+@pytest.mark.parametrize("bits", [1, 8, 11, 12, 16, 22, 33, 63, 64])
+def test_sort_last_wins_large(bits: int, rng: random.Random) -> None:
+    numbers = np.random.default_rng(rng.getrandbits(32))
+    keys = numbers.integers(0, 2**bits, 20_000, dtype=np.uint64)
+    # numpy's unique finds first places; of the reversed keys those are the last.
+    expected, first = np.unique(keys[::-1], return_index=True)
+    found, order = _merge.sort_last_wins(keys)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(order, len(keys) - 1 - first)
+
+
+@given(strategies.batches())
+def test_columns_sort_last_wins(records: Records) -> None:
+    found = to_records(columns.sort_last_wins(to_columns(records)))
+    model = {key: (value, data) for key, value, data in records}
+    assert found == [(key, *model[key]) for key in sorted(model)]
+
+
+def apply(old: Records, new: Records) -> Records:
+    """The records after a merge, by a dict."""
+    content: dict[int, tuple[int, bytes]] = {}
+    oracle.last_wins(content, [*old, *new])
+    return [(key, *content[key]) for key in sorted(content)]
+
+
+@st.composite
+def two_runs(draw: st.DrawFn) -> tuple[Records, Records]:
+    """Sorted records, and newer ones of which some replace or delete them."""
+    old = draw(st.one_of(st.just([]), strategies.blocks()))
+    new = draw(strategies.batches())
+    for key, _, _ in old:
+        what = draw(st.sampled_from(["leave", "leave", "delete", "replace"]))
+        if what != "leave":
+            new.append((key, 0, b"") if what == "delete" else (key, 9, b"new"))
+    return old, [
+        (key, *rest) for key, rest in sorted({k: (v, d) for k, v, d in new}.items())
+    ]
+
+
+@given(two_runs(), st.integers(1, 3))
+def test_merge(runs: tuple[Records, Records], threads: int) -> None:
+    old, new = runs
+    merged = columns.merge(to_columns(old), to_columns(new), threads)
+    assert to_records(merged) == apply(old, new)
+    assert int(merged.offsets[0]) == 0
+    assert int(merged.offsets[-1]) == len(merged.user_data)
+
+
+@given(two_runs(), st.integers(0, 5), st.integers(0, 5), st.integers(0, 2**40))
+def test_merge_of_parts(
+    runs: tuple[Records, Records], skip: int, leave: int, base: int
+) -> None:
+    # Parts share the bytes of the whole: their offsets do not begin at 0.
+    old, new = (
+        to_columns(run).part(
+            min(skip, len(run)), max(len(run) - leave, min(skip, len(run)))
+        )
+        for run in runs
+    )
+    n, size = _merge.merge_size(
+        old.keys, old.offsets, new.keys, new.values, new.offsets
+    )
+    expected = apply(to_records(old), to_records(new))
+    assert (n, size) == (len(expected), sum(len(data) for _, _, data in expected))
+    merged = Columns.allocate(n, size)
+    _merge.merge_into(old.arrays(), new.arrays(), merged.target(0, n, 0, size), base)
+    merged.offsets[1:] -= np.uint64(base)
+    assert to_records(merged) == expected
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 3]))
+def test_merge_of_many_records_by_threads(seed: int, threads: int) -> None:
+    numbers = np.random.default_rng(seed)
+
+    def run(n: int) -> tuple[dict[int, int], Columns]:
+        keys = np.unique(numbers.integers(0, 300_000, n, dtype=np.uint64))
+        values = numbers.integers(0, 4, len(keys), dtype=np.uint64)
+        lengths = np.where(values > 0, keys % np.uint64(3), 0)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint64)
+        data = np.repeat(keys.astype(np.uint8), lengths.astype(np.int64))
+        found = Columns(keys, values, offsets, data)
+        return dict(zip(keys.tolist(), values.tolist(), strict=True)), found
+
+    old, old_columns = run(100_000)
+    live = np.flatnonzero(old_columns.values)
+    old_columns = columns.merge(Columns.allocate(0, 0), old_columns)
+    assert len(old_columns) == len(live)
+    new, new_columns = run(100_000)
+    merged = columns.merge(old_columns, new_columns, threads)
+    model = {key: value for key, value in {**old, **new}.items() if value}
+    assert merged.keys.tolist() == sorted(model)
+    assert merged.values.tolist() == [model[key] for key in sorted(model)]
+    lengths = np.diff(merged.offsets)
+    np.testing.assert_array_equal(lengths, merged.keys % np.uint64(3))
+    expected = np.repeat(merged.keys.astype(np.uint8), lengths.astype(np.int64))
+    np.testing.assert_array_equal(merged.user_data, expected)
+
+
+@given(st.lists(strategies.batches(), max_size=4), st.integers(0, 3))
+def test_concatenate(batches: list[Records], skip: int) -> None:
+    parts = [
+        to_columns(batch).part(min(skip, len(batch)), len(batch)) for batch in batches
+    ]
+    expected = [record for batch in batches for record in batch[skip:]]
+    joined = columns.concatenate(parts)
+    assert to_records(joined) == expected
+    assert joined.offsets[0] == 0
+
+
+@given(st.lists(st.integers(0, 6), max_size=8), st.integers(0, 40))
+def test_check_offsets(numbers: list[int], size: int) -> None:
+    ascending = all(a <= b for a, b in zip(numbers, numbers[1:], strict=False))
+    ends = bool(numbers) and numbers[0] == 0 and numbers[-1] == size
+    assert _merge.check_offsets(uint64s(numbers), size) == (ascending and ends)
+
+
+@given(strategies.batches(size_min=1), st.lists(st.integers(0, 11), max_size=20))
+def test_gather(records: Records, order: list[int]) -> None:
+    whole = to_columns(records)
+    wanted = np.array(order, dtype=np.uint32)
+    if any(i >= len(records) for i in order):
+        with pytest.raises(IndexError):
+            _merge.gather(whole.keys, wanted)
+        with pytest.raises(IndexError):
+            _merge.gather_user_data(whole.offsets, whole.user_data, wanted)
+        return
+    keys = _merge.gather(whole.keys, wanted)
+    values = _merge.gather(whole.values, wanted)
+    offsets, data = _merge.gather_user_data(whole.offsets, whole.user_data, wanted)
+    found = to_records(Columns(keys, values, offsets, data))
+    assert found == [records[i] for i in order]
+
+
+# Constants that stand in two places
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name in layouts.__all__ if hasattr(_codec, name)],
+)
+def test_constants_are_the_same_in_both(name: str) -> None:
+    assert getattr(_codec, name) == getattr(layouts, name)
+
+
+def test_constants_are_those_of_the_oracle() -> None:
+    assert oracle.FRAME_HEADER.size == _codec.FRAME_HEADER_SIZE
+    assert (_codec.KIND_BATCH, _codec.KIND_BLOCK, _codec.KIND_END) == (
+        oracle.BATCH,
+        oracle.BLOCK,
+        oracle.END,
+    )
+    assert layouts.log_seed(STORE_ID, 3) == LOG.seed
+    assert layouts.snapshot_seed(STORE_ID) == SNAPSHOT.seed
+    for kind in ("log", "snapshot"):
+        ours = oracle.FileHeader(kind, STORE_ID, 3, 9, 12345)
+        theirs = layouts.FileHeader(kind, STORE_ID, 3, 9, 12345)
+        assert ours.pack() == theirs.pack()
+        assert layouts.FileHeader.unpack(ours.pack(), kind, 3, "path") == theirs
+    trailer = oracle.pack_trailer(SNAPSHOT.seed, 64, 64)
+    assert layouts.pack_trailer(SNAPSHOT.seed, 64, 64) == trailer

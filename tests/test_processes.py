@@ -1,0 +1,461 @@
+"""Processes that die, fork or meet: what was acknowledged is there, the lock holds."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from metastore import MetadataStore
+from metastore.errors import StoreLockedError
+from verbs import (
+    State,
+    child,
+    content,
+    files,
+    logs,
+    numbered,
+    put,
+    read,
+    run,
+    states,
+    write,
+    write_open,
+)
+
+N_THREADS = 4
+
+# Batch i of a thread: its marker says that i + 1 batches are there, and one of a few
+# keys is written or deleted. No two threads share a key.
+BATCH = """
+def batch(thread, i):
+    key = 1000 * thread + i % 20
+    new = None if i % 7 == 0 else (i + 1, b"%d of thread %d" % (i, thread) * (i % 5))
+    return [(10**6 + thread, (i + 1, b"")), (key, new)]
+"""
+exec(BATCH)  # the children need its text, this module its function
+
+WRITER = (
+    BATCH
+    + """
+import os, sys, threading
+from metastore import MetadataStore
+store, recovered = MetadataStore.recover(sys.argv[1], log_size_bytes_min=1500)
+
+def work(thread):
+    found = recovered.get(10**6 + thread)
+    i = found[0] if found else 0
+    while True:
+        sequence = store.insert_batch(batch(thread, i))
+        os.write(1, b"%d %d %d\\n" % (sequence, thread, i))
+        i += 1
+
+for thread in range(4):
+    threading.Thread(target=work, args=(thread,)).start()
+"""
+)
+
+
+def state_after(counts: Counter[int]) -> State:
+    """The content after so many batches of each thread."""
+    state: State = {}
+    for thread in range(N_THREADS):
+        for i in range(counts[thread]):
+            for key, new in batch(thread, i):  # noqa: F821 - of BATCH
+                state.pop(key, None)
+                if new is not None:
+                    state[key] = new
+    return state
+
+
+def one_round(path: Path, rng: random.Random) -> int:
+    """Let threads commit, kill them, check; return how much was acknowledged."""
+    process = child(WRITER, path)
+    wanted = rng.randrange(1, 120)
+    lines = [process.stdout.readline() for _ in range(wanted)]
+    process.kill()
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, errors
+    lines += output.splitlines(keepends=True)
+    acknowledged = [
+        tuple(map(int, line.split())) for line in lines if line.endswith("\n")
+    ]
+    assert len(acknowledged) >= wanted, errors
+
+    store, recovered = MetadataStore.recover(path)
+    store.shutdown()
+    found = content(recovered)
+    counts = Counter({t: found.get(10**6 + t, (0, b""))[0] for t in range(N_THREADS)})
+    assert found == state_after(counts)
+    # No batch is missing before the last one, and none of the acknowledged ones.
+    assert counts.total() == recovered.report.sequence
+    assert max(sequence for sequence, _, _ in acknowledged) <= counts.total()
+    assert all(i < counts[thread] for _, thread, i in acknowledged)
+    return len(acknowledged)
+
+
+def kill_rounds(path: Path, rng: random.Random, n_rounds: int) -> None:
+    acknowledged = sum(one_round(path, rng) for _ in range(n_rounds))
+    print(f"{n_rounds} kills, {acknowledged} batches acknowledged, all of them there")
+
+
+def test_a_score_of_kills(db, rng):
+    kill_rounds(db, rng, 20)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_thousand_kills(db, rng):
+    kill_rounds(db, rng, 1000)
+
+
+# Processes that kill themselves right before a call that matters
+
+SUICIDE = """
+import os, signal, sys
+from metastore import MetadataStore
+
+left = int(sys.argv[2])
+
+def deadly(function):
+    def wrapped(*arguments, **options):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+    return wrapped
+
+for name in ("pwrite", "pwritev", "fsync", "fdatasync", "rename", "unlink", "mkdir"):
+    setattr(os, name, deadly(getattr(os, name)))
+"""
+RECOVER = """
+store, _ = MetadataStore.recover(sys.argv[1], on_damage="prefix")
+store.shutdown()
+"""
+COMPACT = """
+store, _ = MetadataStore.recover(sys.argv[1])
+store.compact()
+store.shutdown()
+"""
+
+
+def torn(path: Path) -> State:
+    """A snapshot, a sealed log, an open one with a torn tail; return the content."""
+    write(path, numbered(3))
+    with MetadataStore.recover(path)[0] as store:
+        store.compact()
+    write(path, numbered(3, 4))
+    write_open(path, numbered(3, 7))
+    log = logs(path)[-1]
+    log.write_bytes(log.read_bytes().rstrip(b"\0")[:-3])
+    return states(numbered(8))[-1]
+
+
+def damaged(path: Path) -> State:
+    """The same with damage in the sealed log."""
+    torn(path)
+    log = logs(path)[-2]
+    data = bytearray(log.read_bytes())
+    data[data.index(b"data 5")] ^= 1
+    log.write_bytes(data)
+    return states(numbered(4))[-1]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "what"),
+    [(torn, RECOVER), (damaged, RECOVER), (torn, COMPACT)],
+    ids=["recovery", "recovery-of-damage", "compaction"],
+)
+def test_a_kill_before_each_system_call(tmp_path, prepare, what):
+    expected = prepare(tmp_path / "origin")
+    image = files(tmp_path / "origin")
+    options = {"on_damage": "prefix"} if what is RECOVER else {}
+    n = 1
+    while True:
+        path = tmp_path / "db"
+        put(path, image)
+        done = run(SUICIDE + what, path, n)
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        if prepare is torn:
+            options = {}
+        assert read(path, **options) == expected
+        assert read(path) == expected
+        if done.returncode == 0:
+            break
+        n += 1
+    assert n > 5
+    print(f"{n - 1} kills")
+
+
+# The lock
+
+HOLDER = """
+import sys
+from metastore import MetadataStore
+store, _ = MetadataStore.recover(sys.argv[1])
+store.insert_batch([(1, (1, b"durable"))])
+store.insert_batch([(2, (2, b"written"))], sync=False)
+print("holding", flush=True)
+sys.stdin.read()
+store.shutdown()
+"""
+
+
+@pytest.fixture
+def holder(db):
+    process = child(HOLDER, db)
+    assert process.stdout.readline() == "holding\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_process_is_refused_at_once(db, holder):
+    before = files(db)
+    for _ in range(3):
+        with pytest.raises(StoreLockedError) as caught:
+            MetadataStore.recover(db)
+        assert caught.value.holder_pid in (holder.pid, None)
+    if os.path.exists("/proc/locks"):
+        assert caught.value.holder_pid == holder.pid
+        assert f"process {holder.pid}" in str(caught.value)
+    assert files(db) == before
+    holder.communicate("", timeout=60)
+    assert holder.returncode == 0
+    assert read(db) == {1: (1, b"durable"), 2: (2, b"written")}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_the_lock_goes_with_its_holder(db, holder, number):
+    """Neither a stale lock nor a lost batch, also of those not synced yet."""
+    holder.send_signal(number)
+    holder.wait(timeout=60)
+    assert holder.returncode != 0
+    assert read(db) == {1: (1, b"durable"), 2: (2, b"written")}
+
+
+def test_a_second_process_that_only_looks_disturbs_nobody(db, holder):
+    """The commands that only read take no exclusive lock."""
+    done = subprocess.run(
+        [os.sys.executable, "-m", "metastore", "info", db],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    holder.communicate("", timeout=60)
+    assert holder.returncode == 0
+
+
+# Forks
+
+FORK = """
+import os, sys, warnings
+import numpy as np
+from metastore import MetadataStore
+from metastore.errors import StoreClosedError, StoreLockedError
+
+warnings.simplefilter("ignore", DeprecationWarning)  # threads and fork: on purpose
+store, recovered = MetadataStore.recover(sys.argv[1])
+store.insert_batch([(1, (1, b"parent"))])
+store.insert_batch([(2, (2, b"parent"))], sync=False)
+ready, go = os.pipe()
+pid = os.fork()
+if pid == 0:
+    try:
+        one = np.ones(1, np.uint64)
+        for refused in (
+            lambda: store.insert_batch([(3, (3, b"child"))]),
+            lambda: store.insert_batch([(3, (3, b"child"))], sync=False),
+            lambda: store.insert_arrays(one, one, None, None),
+            store.sync,
+            store.compact,
+        ):
+            try:
+                refused()
+            except StoreClosedError as error:
+                assert "fork" in str(error), error
+            else:
+                os._exit(10)
+        try:
+            MetadataStore.recover(sys.argv[1])
+        except StoreLockedError as error:
+            assert error.holder_pid == os.getppid(), error
+        else:
+            os._exit(11)
+        store.shutdown()
+        store.shutdown()
+    except BaseException as error:
+        print(repr(error), file=sys.stderr, flush=True)
+        os._exit(12)
+    if sys.argv[2] == "hard":
+        os._exit(0)
+    sys.exit(0)
+_, status = os.waitpid(pid, 0)
+assert os.waitstatus_to_exitcode(status) == 0, status
+try:  # the child's end did not take the lock away
+    MetadataStore.recover(sys.argv[1])
+except StoreLockedError:
+    pass
+else:
+    sys.exit("the lock was lost")
+assert store.insert_batch([(4, (4, b"parent again"))]) == 3
+store.shutdown()
+"""
+
+
+@pytest.mark.parametrize("way_out", ["hard", "soft"])
+def test_a_forked_child_cannot_write(db, way_out):
+    done = run(FORK, db, way_out)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert read(db) == {
+        1: (1, b"parent"),
+        2: (2, b"parent"),
+        4: (4, b"parent again"),
+    }
+
+
+FORK_WHILE_COMMITTING = """
+import os, sys, threading, warnings
+from metastore import MetadataStore
+from metastore.errors import StoreClosedError
+
+warnings.simplefilter("ignore", DeprecationWarning)
+store, _ = MetadataStore.recover(sys.argv[1], log_size_bytes_min=1000)
+stop = threading.Event()
+counts = [0] * 3
+
+def work(thread):
+    while not stop.is_set():
+        store.insert_batch([(1000 * thread + counts[thread], (1, b"parent"))])
+        counts[thread] += 1
+
+threads = [threading.Thread(target=work, args=(t,)) for t in range(3)]
+for thread in threads:
+    thread.start()
+for _ in range(10):
+    pid = os.fork()
+    if pid == 0:  # locks that other threads held are never released here
+        try:
+            store.insert_batch([(10**9, (1, b"child"))])
+        except StoreClosedError:
+            store.shutdown()
+            os._exit(0)
+        os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert status == 0, status
+stop.set()
+for thread in threads:
+    thread.join()
+store.shutdown()
+print(*counts)
+"""
+
+
+def test_forks_while_threads_commit(db):
+    """A fork catches locks in any state: the child must neither hang nor write."""
+    done = run(FORK_WHILE_COMMITTING, db)
+    assert done.returncode == 0, done.stderr
+    counts = list(map(int, done.stdout.split()))
+    found = read(db)
+    assert sorted(found) == [
+        1000 * thread + i for thread in range(3) for i in range(counts[thread])
+    ]
+
+
+def test_a_child_that_outlives_a_killed_parent_does_not_hold_the_lock(db):
+    """A worker pool may go on for long after its parent was killed."""
+    process = child(
+        """
+        import os, sys, warnings
+        from metastore import MetadataStore
+        warnings.simplefilter("ignore", DeprecationWarning)
+        store, _ = MetadataStore.recover(sys.argv[1])
+        store.insert_batch([(1, (1, b"parent"))])
+        if os.fork() == 0:
+            print("forked", os.getpid(), flush=True)
+            sys.stdin.read()
+            os._exit(0)
+        os.kill(os.getpid(), 9)
+        """,
+        db,
+    )
+    try:
+        assert process.stdout.readline().startswith("forked")
+        process.wait(timeout=60)
+        assert read(db) == {1: (1, b"parent")}
+    finally:
+        process.communicate("")
+
+
+INTERRUPTED = """
+import random, signal, sys, threading
+from metastore import MetadataStore
+from metastore.errors import StoreFailedError
+
+class Interrupt(BaseException):
+    pass
+
+def interrupt(number, frame):
+    raise Interrupt
+
+signal.signal(signal.SIGALRM, interrupt)
+rng = random.Random(sys.argv[2])
+store, _ = MetadataStore.recover(sys.argv[1], log_size_bytes_min=3000)
+stop = threading.Event()
+others = []
+
+def work():
+    try:
+        while not stop.is_set():
+            key = 10**6 + len(others)
+            store.insert_batch([(key, (1, b""))])
+            others.append(key)
+    except StoreFailedError:
+        pass
+
+thread = threading.Thread(target=work)
+thread.start()
+acknowledged = []
+interrupts = 0
+try:
+    for key in range(400):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 2e-3))
+            store.insert_batch([(key, (1, b""))])
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            acknowledged.append(key)
+        except Interrupt:
+            interrupts += 1
+except StoreFailedError:
+    pass
+signal.setitimer(signal.ITIMER_REAL, 0)
+stop.set()
+thread.join(30)
+assert not thread.is_alive(), "the other thread hangs"
+try:
+    store.shutdown()
+except StoreFailedError:
+    pass
+print(interrupts, *acknowledged, *others)
+"""
+
+
+def test_interrupts_at_any_moment_hang_and_lose_nothing(tmp_path, rng):
+    total = 0
+    for number in range(5):
+        path = tmp_path / str(number)
+        done = run(INTERRUPTED, path, rng.random())
+        assert done.returncode == 0, done.stderr
+        interrupts, *acknowledged = map(int, done.stdout.split())
+        total += interrupts
+        assert set(acknowledged) <= set(read(path))
+    assert total
+    print(f"{total} interrupts")
