@@ -1,1 +1,1 @@
-"""Measurements of metastore: see docs/performance.md, and ``python -m benchmarks -h``."""
+"""Measurements of metastore: docs/performance.md, ``python -m benchmarks -h``."""

@@ -132,9 +132,7 @@ def records(start: int, stop: int, user_data_size: int) -> Arrays:
     return Arrays(keys, values, offsets, user_data)
 
 
-def chunks(
-    n_records: int, chunk_records: int, user_data_size: int
-) -> Iterator[Arrays]:
+def chunks(n_records: int, chunk_records: int, user_data_size: int) -> Iterator[Arrays]:
     """Yield the records 0 to `n_records`, so many at a time."""
     for start in range(0, n_records, chunk_records):
         stop = min(start + chunk_records, n_records)
@@ -179,7 +177,8 @@ def _mix(x: U64) -> U64:
 
 def _word_at(arrays: Arrays, which: npt.NDArray[np.intp], word: int) -> U64:
     """Return word number `word` of each record's user data, padded with zeros."""
-    assert arrays.offsets is not None and arrays.user_data is not None
+    assert arrays.offsets is not None
+    assert arrays.user_data is not None
     start = arrays.offsets[which] + np.uint64(8 * word)
     left = arrays.offsets[which + 1] - start
     total = np.zeros(len(which), np.uint64)

@@ -63,6 +63,10 @@ class Peer:
         """Shut the store down."""
         raise NotImplementedError
 
+    def batches_per_write(self) -> float:
+        """Return how many commits shared a write; 1 if the store does not tell."""
+        return 1
+
     @classmethod
     def installed_version(cls) -> str:
         """Return the version of the binding, and of the store where it is known."""
@@ -93,6 +97,10 @@ class Metastore(Peer):
 
     def close(self) -> None:
         self._store.shutdown()
+
+    def batches_per_write(self) -> float:
+        counts = self._store.stats()
+        return float(counts.n_batches / counts.n_writes) if counts.n_writes else 1
 
 
 # -- key-value stores: an 8-byte key that sorts as the number does, value || user data
@@ -137,9 +145,7 @@ def _from_pairs(keys: list[bytes], stored: list[bytes]) -> Arrays:
         )
     is_value = np.zeros(len(joined), bool)
     is_value[(ends[:-1, None] + np.arange(8, dtype=np.uint64)).reshape(-1)] = True
-    return Arrays(
-        found_keys, joined[is_value].view("<u8"), offsets, joined[~is_value]
-    )
+    return Arrays(found_keys, joined[is_value].view("<u8"), offsets, joined[~is_value])
 
 
 class Lmdb(Peer):
@@ -190,9 +196,7 @@ class LmdbDuplicates(Lmdb):
 
     def _open(self, path: str) -> None:
         super()._open(path)
-        self._table = self._environment.open_db(
-            b"records", dupsort=True, dupfixed=True
-        )
+        self._table = self._environment.open_db(b"records", dupsort=True, dupfixed=True)
 
     def _put(self, pairs: Iterable[tuple[bytes, bytes]]) -> None:
         records = ((b"r", key + value) for key, value in pairs)

@@ -103,7 +103,9 @@ class Row:
         present = [side for side in sides if side in self.samples]
         if present:
             choose = max if self._higher_is_better else min
-            best = choose(present, key=lambda side: statistics.median(self.samples[side]))
+            best = choose(
+                present, key=lambda side: statistics.median(self.samples[side])
+            )
             self.times_better(best, factor)
         return self
 

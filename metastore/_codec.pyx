@@ -19,7 +19,7 @@ from cpython.buffer cimport (
     PyObject_GetBuffer,
 )
 from libc.math cimport log2
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
@@ -167,7 +167,7 @@ cdef void _start_frame(
     uint8_t* frame, int kind, int layout, uint64_t n, uint64_t payload_size,
     uint64_t user_data_size
 ) noexcept nogil:
-    """Write everything of the header but what :func:`finish_frame` adds, and the padding."""
+    """Write the padding, and the header but for what :func:`finish_frame` adds."""
     cdef Py_ssize_t end = HEADER + payload_size
     memset(frame, 0, HEADER)
     frame[4] = kind
@@ -223,7 +223,9 @@ cdef Py_ssize_t _size_of(object user_data, Py_ssize_t i) except -1:
         size = view.len
         PyBuffer_Release(&view)
     if <uint64_t>size >= LENGTH_LIMIT:
-        raise OverflowError(f"record {i}: user data of {size} bytes; the limit is 2**32 - 1")
+        raise OverflowError(
+            f"record {i}: user data of {size} bytes; the limit is 2**32 - 1"
+        )
     return size
 
 
@@ -275,17 +277,23 @@ def encode_batch(batch):
     for i in range(n):
         record = records[i]
         if not isinstance(record, tuple) or len(<tuple>record) != 2:
-            raise TypeError(f"record {i}: must be a tuple (key, (value, user_data) or None)")
+            raise TypeError(
+                f"record {i}: must be a tuple (key, (value, user_data) or None)"
+            )
         key = _integer((<tuple>record)[0], i, "key")
         pair = (<tuple>record)[1]
         value = 0
         size = 0
         if pair is not None:
             if not isinstance(pair, tuple) or len(<tuple>pair) != 2:
-                raise TypeError(f"record {i}: must hold a tuple (value, user_data) or None")
+                raise TypeError(
+                    f"record {i}: must hold a tuple (value, user_data) or None"
+                )
             value = _integer((<tuple>pair)[0], i, "value")
             if value == 0:
-                raise ValueError(f"record {i}: value 0 means deleted: give None instead")
+                raise ValueError(
+                    f"record {i}: value 0 means deleted: give None instead"
+                )
             size = _size_of((<tuple>pair)[1], i)
         ms_store_u64(at + 8 * i, key)
         ms_store_u64(at + 8 * n + 8 * i, value)
@@ -327,7 +335,9 @@ def encode_plain(
     if offsets[n] < first or offsets[n] > <uint64_t>user_data.shape[0]:
         raise ValueError("offsets go beyond the user data")
     cdef Py_ssize_t payload_size = 20 * n + total
-    cdef bytearray frame = PyByteArray_FromStringAndSize(NULL, _padded(HEADER + payload_size))
+    cdef bytearray frame = PyByteArray_FromStringAndSize(
+        NULL, _padded(HEADER + payload_size)
+    )
     cdef uint8_t* start = _at(frame)
     cdef uint8_t* at = start + HEADER
     cdef Py_ssize_t i
@@ -354,7 +364,9 @@ def encode_payload(int kind, int layout, uint32_t n, uint64_t user_data_size, pa
     return frame
 
 
-cdef int _check_columns(Py_ssize_t n, Py_ssize_t n_values, Py_ssize_t n_offsets) except -1:
+cdef int _check_columns(
+    Py_ssize_t n, Py_ssize_t n_values, Py_ssize_t n_offsets
+) except -1:
     if n_values != n or n_offsets != n + 1:
         raise ValueError(
             f"columns do not match: {n} keys, {n_values} values, {n_offsets} offsets"
@@ -396,7 +408,7 @@ cdef int _read_header(
     const uint8_t* header, Py_ssize_t left, uint32_t seed, uint64_t sequence,
     bint snapshot, Row* row
 ) noexcept nogil:
-    """Check the frame at `header`, of whose file `left` bytes follow, and fill `row`."""
+    """Check the frame at `header`, with `left` bytes of its file left, and fill `row`."""
     cdef uint32_t stored, computed
     cdef uint64_t durable, found, payload_size
     cdef Py_ssize_t size
@@ -457,7 +469,7 @@ def scan_frames(
     uint64_t[:, ::1] table not None,
     bint snapshot=False,
 ):
-    """Check frame headers one after another; payloads are left to :func:`decode_frames`.
+    """Check frame headers in sequence; payloads are left to :func:`decode_frames`.
 
     Parameters
     ----------
@@ -490,7 +502,9 @@ def scan_frames(
     cdef int status = OK
     cdef Row* row
     if table.shape[1] != COLUMNS or offset < 0 or offset > size:
-        raise ValueError("the table has a wrong shape, or the offset is outside the data")
+        raise ValueError(
+            "the table has a wrong shape, or the offset is outside the data"
+        )
     if rows == 0 or size == offset:
         return 0, offset, OK if rows == 0 else NO_BYTES
     with nogil:
@@ -522,7 +536,8 @@ def frame_size(const uint8_t[::1] data not None, Py_ssize_t offset):
 
 
 def find_durable(
-    const uint8_t[::1] data not None, Py_ssize_t offset, uint32_t seed, uint64_t sequence
+    const uint8_t[::1] data not None, Py_ssize_t offset, uint32_t seed,
+    uint64_t sequence
 ):
     """Return where a frame says that batch `sequence` was durable (section 8), or -1.
 
@@ -715,7 +730,8 @@ cdef void _join_strided(
 
 
 cdef void _unpack_column(
-    const Section* sections, int n_sections, int width, bint delta, uint8_t* out, Py_ssize_t n
+    const Section* sections, int n_sections, int width, bint delta, uint8_t* out,
+    Py_ssize_t n
 ) noexcept nogil:
     cdef uint64_t total = 0
     cdef Py_ssize_t i
@@ -780,7 +796,9 @@ cdef int _decode_sections(Sections* sections, Row* row, Target* to) noexcept nog
         for i in range(n):
             if to.ends[i] - to.base != <uint64_t>(i + 1) * sections.counts[3]:
                 return BAD_LENGTHS
-        _unpack_column(at, sections.counts[3], sections.counts[3], False, to.user_data, n)
+        _unpack_column(
+            at, sections.counts[3], sections.counts[3], False, to.user_data, n
+        )
     elif at.encoding == CONSTANT:
         memset(to.user_data, at.constant, row.user_data_size)
     elif row.user_data_size:
@@ -807,7 +825,9 @@ cdef int _decode_packed(
         if item.encoding != ZSTD:
             continue
         start = item.at - &data[0]
-        content = decompress(data[start : start + <Py_ssize_t>item.stored], item.unpacked)
+        content = decompress(
+            data[start : start + <Py_ssize_t>item.stored], item.unpacked
+        )
         if content is None or <uint64_t>PyBytes_GET_SIZE(content) != item.unpacked:
             return BAD_SECTION
         unpacked.append(content)
@@ -908,7 +928,8 @@ def decode_frames(
 
 
 cdef inline int _check_payload(const uint8_t* frame, Row* row) noexcept nogil:
-    cdef uint32_t computed = ms_crc32c(0, frame + HEADER, row.payload_size) ^ CHECKSUM_XOR
+    cdef uint32_t computed = ms_crc32c(0, frame + HEADER, row.payload_size)
+    computed ^= CHECKSUM_XOR
     return OK if computed == ms_load_u32(frame + 28) else BAD_PAYLOAD
 
 
@@ -934,7 +955,9 @@ def check_payload(const uint8_t[::1] data not None, const uint64_t[::1] row not 
     return status == OK
 
 
-def first_disorder(const uint64_t[::1] keys not None, const uint64_t[::1] values not None):
+def first_disorder(
+    const uint64_t[::1] keys not None, const uint64_t[::1] values not None
+):
     """Return the first record of a block that breaks its rules (section 5), or -1.
 
     Its key is not greater than the one before, or its value is 0.
@@ -1020,7 +1043,7 @@ def entropy_of_sample(const uint8_t[::1] data not None):
 
 
 def constant_of(const uint8_t[::1] data not None):
-    """Return the one value that all bytes have, or -1 if they differ or there are none."""
+    """Return the one value that all bytes have, or -1 if they differ or are none."""
     cdef Py_ssize_t size = data.shape[0]
     if size == 0 or (size > 1 and memcmp(&data[0], &data[1], size - 1) != 0):
         return -1

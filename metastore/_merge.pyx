@@ -8,7 +8,7 @@ thread-safe; offsets that do not ascend, or go beyond the user data, are refused
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy
 
 import numpy as np
 
@@ -19,7 +19,7 @@ cdef enum:
 
 
 def check_offsets(const uint64_t[::1] offsets not None, uint64_t user_data_size):
-    """Return whether `offsets` start at 0, never descend and end at `user_data_size`."""
+    """Return whether `offsets` go from 0 to `user_data_size` and never descend."""
     cdef Py_ssize_t n = offsets.shape[0]
     cdef Py_ssize_t i
     cdef bint bad = False
@@ -130,7 +130,9 @@ cdef void _scatter(
         to_order[at] = order[i]
 
 
-cdef Py_ssize_t _keep_last(uint64_t* keys, uint32_t* order, Py_ssize_t n) noexcept nogil:
+cdef Py_ssize_t _keep_last(
+    uint64_t* keys, uint32_t* order, Py_ssize_t n
+) noexcept nogil:
     cdef Py_ssize_t i, m = 0
     for i in range(n):
         keys[m] = keys[i]
@@ -237,7 +239,11 @@ def merge_size(
     cdef Py_ssize_t i, at = 0
     cdef Py_ssize_t n_out = n_old
     cdef uint64_t user_data_size
-    if old_offsets.shape[0] != n_old + 1 or offsets.shape[0] != n + 1 or values.shape[0] != n:
+    if (
+        old_offsets.shape[0] != n_old + 1
+        or offsets.shape[0] != n + 1
+        or values.shape[0] != n
+    ):
         raise ValueError("columns do not match")
     user_data_size = old_offsets[n_old] - old_offsets[0] + offsets[n] - offsets[0]
     with nogil:
@@ -292,7 +298,7 @@ def merge_into(
     old, new : tuple of (keys, values, offsets, user_data)
         Both sorted by strictly increasing key; a value of 0 in `new` deletes.
     out : tuple of (keys, values, ends, user_data)
-        Writable, of the sizes that :func:`merge_size` returned; `ends` has no leading 0.
+        Writable, of the sizes from :func:`merge_size`; `ends` has no leading 0.
     base : int
         Added to all of `ends`: the offset of the first user data byte.
     """
@@ -336,11 +342,13 @@ def merge_into(
             if n_old:
                 high = _lower_bound(old_key, low, n_old, keys[i])
             _copy_range(
-                old_key + low, old_value + low, &old_offsets[low], old_bytes, high - low, &to
+                old_key + low, old_value + low, &old_offsets[low], old_bytes,
+                high - low, &to
             )
             low = high + (high < n_old and old_key[high] == keys[i])
             if values[i]:
                 _copy_range(&keys[i], &values[i], &offsets[i], new_bytes, 1, &to)
         _copy_range(
-            old_key + low, old_value + low, &old_offsets[low], old_bytes, n_old - low, &to
+            old_key + low, old_value + low, &old_offsets[low], old_bytes,
+            n_old - low, &to
         )

@@ -95,7 +95,9 @@ def _user_data_columns(n: int, offsets: Any, user_data: Any) -> tuple[Uint64s, U
         return np.zeros(n + 1, dtype=np.uint64), np.empty(0, dtype=np.uint8)
     if offsets is None or user_data is None:
         missing = "offsets" if offsets is None else "user_data"
-        raise ValueError(f"offsets and user_data belong together, but {missing} is None")
+        raise ValueError(
+            f"offsets and user_data belong together, but {missing} is None"
+        )
     checked = _uint64s("offsets", offsets)
     data = _bytes_of(user_data)
     if len(checked) != n + 1:

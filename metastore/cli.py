@@ -11,6 +11,7 @@ import datetime
 import io
 import itertools
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -324,7 +325,7 @@ def _add_demo_arguments(command: argparse.ArgumentParser) -> None:
         "tree",
         metavar="TREE",
         nargs="?",
-        help="the directory whose files are stored (default: Python's standard library)",
+        help="directory whose files are stored (default: Python's standard library)",
     )
     command.add_argument(
         "--directory",
@@ -400,6 +401,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments : sequence of str, optional
         The command line without the program's name; default is that of the process.
     """
+    # What a recovery dropped is part of the output; an error is told once.
+    logging.getLogger("metastore").addHandler(logging.NullHandler())
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Names of files are bytes: not each is text, or text that this output can say.
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
@@ -107,34 +108,53 @@ def concatenate(parts: list[Columns]) -> Columns:
         return parts.pop()
     if not parts:
         return Columns.allocate(0, 0)
-    taken = [list(part.arrays()) for part in parts]
-    parts.clear()
-    sizes = [int(part[2][-1]) - int(part[2][0]) for part in taken]
-    starts = [int(part[2][0]) for part in taken]
-    joined: list[Any] = []
-    for column in range(2):
-        joined.append(np.concatenate([part[column] for part in taken]))
-        for part in taken:
-            part[column] = joined[-1][:0]
-    offsets = np.empty(len(joined[0]) + 1, dtype=np.uint64)
-    offsets[0] = 0
-    at, base = 1, 0
-    for part, start, size in zip(taken, starts, sizes, strict=True):
-        n = len(part[2]) - 1
-        np.add(part[2][1:], np.uint64((base - start) % 2**64), out=offsets[at : at + n])
-        at, base = at + n, base + size
-        part[2] = offsets[:0]
-    user_data = np.concatenate(
-        [
-            part[3][start : start + size]
-            for part, start, size in zip(taken, starts, sizes, strict=True)
-        ]
+    starts = [int(part.offsets[0]) for part in parts]
+    sizes = [part.user_data_size for part in parts]
+    keys, values, offsets, user_data = (
+        [part.keys for part in parts],
+        [part.values for part in parts],
+        [part.offsets for part in parts],
+        [part.user_data for part in parts],
     )
-    return Columns(joined[0], joined[1], offsets, user_data)
+    parts.clear()
+    return Columns(
+        _joined(keys),
+        _joined(values),
+        _joined_offsets(offsets),
+        _joined(
+            [
+                data[start : start + size]
+                for data, start, size in zip(user_data, starts, sizes, strict=True)
+            ],
+            user_data,
+        ),
+    )
+
+
+def _joined(arrays: list[Any], owners: list[Any] | None = None) -> npt.NDArray[Any]:
+    joined = np.concatenate(arrays)
+    arrays.clear()
+    if owners is not None:
+        owners.clear()
+    return joined
+
+
+def _joined_offsets(offsets: list[Uint64s]) -> Uint64s:
+    joined = np.empty(sum(len(part) - 1 for part in offsets) + 1, dtype=np.uint64)
+    joined[0] = 0
+    at, base = 0, 0
+    for part in offsets:
+        # Modulo 2**64: a part's own first offset may be anything.
+        shift = np.uint64((base - int(part[0])) % 2**64)
+        stop = at + len(part) - 1
+        np.add(part[1:], shift, out=joined[at + 1 : stop + 1])
+        at, base = stop, int(joined[stop])
+    offsets.clear()
+    return joined
 
 
 def sort_last_wins(columns: Columns) -> Columns:
-    """Return the records sorted by key; of equal keys the last stays, tombstones too."""
+    """Return records sorted by key; of equal keys the last stays, tombstones too."""
     if _merge.is_increasing(columns.keys):
         return columns
     keys, order = _merge.sort_last_wins(columns.keys)
@@ -246,7 +266,7 @@ class Recovered(Sequence[Record]):
             offsets = self.offsets[start : stop + 1].tolist()
             first = offsets[0]
             data = self.user_data[first : offsets[-1]].tobytes()
-            pairs = zip(offsets, offsets[1:], strict=False)
+            pairs = itertools.pairwise(offsets)
             for key, value, (low, high) in zip(
                 self.keys[start:stop].tolist(),
                 self.values[start:stop].tolist(),
@@ -256,12 +276,9 @@ class Recovered(Sequence[Record]):
                 yield key, value, data[low - first : high - first]
 
     def _find(self, key: object) -> int | None:
-        try:
-            wanted = np.uint64(key)  # type: ignore[call-overload]  # any object is asked for
-        except (OverflowError, TypeError, ValueError):
+        if not isinstance(key, int | np.integer) or not 0 <= key < 2**64:
             return None
-        if wanted != key:
-            return None
+        wanted = np.uint64(key)
         i = int(np.searchsorted(self.keys, wanted))
         return i if i < len(self) and self.keys[i] == wanted else None
 

@@ -7,6 +7,7 @@ they are; ``compact`` does it, in bounded memory; ``Compactor`` is the thread.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -61,7 +62,7 @@ def _cut(start: int, stop: int) -> Iterator[tuple[int, int]]:
     """Cut a range into about equal pieces of at most a block's records."""
     n_pieces = -(-(stop - start) // BLOCK_RECORDS_TARGET)
     cuts = [start + (stop - start) * i // n_pieces for i in range(n_pieces + 1)]
-    yield from zip(cuts, cuts[1:], strict=False)
+    yield from itertools.pairwise(cuts)
 
 
 def _units(index: npt.NDArray[np.void], run_keys: Uint64s) -> Iterator[Job]:
@@ -127,9 +128,7 @@ def plan_jobs(index: npt.NDArray[np.void], run_keys: Uint64s) -> Iterator[Job]:
 def _extend(job: Job | None, unit: Job) -> Job:
     if job is None:
         return unit
-    return dataclasses.replace(
-        job, block_stop=unit.block_stop, run_stop=unit.run_stop
-    )
+    return dataclasses.replace(job, block_stop=unit.block_stop, run_stop=unit.run_stop)
 
 
 def _flush(copied: Job | None, joined: Job | None) -> Iterator[Job]:
@@ -255,7 +254,8 @@ def _write_jobs(
         if len(merged) and not merged.values.all():
             merged = merge(Columns.allocate(0, 0), merged)
         return [
-            (part, encode(KIND_BLOCK, part, level)) for part in split_into_blocks(merged)
+            (part, encode(KIND_BLOCK, part, level))
+            for part in split_into_blocks(merged)
         ]
 
     for done in ordered_map(work, plan_jobs(index, run.keys), threads):

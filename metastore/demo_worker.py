@@ -8,6 +8,7 @@ anything acknowledged.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -102,6 +103,7 @@ def work(directory: str, tree: str, threads: int, batch_files: int) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run :func:`work`; its arguments are those of the command line, in order."""
+    logging.getLogger("metastore").addHandler(logging.NullHandler())
     directory, tree, threads, batch_files = arguments
     try:
         work(directory, tree, int(threads), int(batch_files))

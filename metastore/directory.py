@@ -27,8 +27,8 @@ __all__ = [
     "Directory",
     "DirectoryProtocol",
     "File",
-    "FileProtocol",
     "FileName",
+    "FileProtocol",
     "Listing",
     "parse_listing",
     "publish",
@@ -182,7 +182,7 @@ class DirectoryProtocol(Protocol):
         ...
 
     def subdirectory(self, name: str) -> DirectoryProtocol:
-        """Open the directory `name` in this one; it is created, and synced, if missing."""
+        """Open the directory `name` in this one; if missing, create it and sync."""
         ...
 
     def move(self, name: str, other: DirectoryProtocol, new: str) -> None:
@@ -267,7 +267,7 @@ class File:
 
 
 class Directory:
-    """A real directory, held open: renaming it or changing the working directory is harmless."""
+    """A real directory, held open: to rename it or to change the working one is harmless."""
 
     def __init__(self, descriptor: int, path: str) -> None:
         self._descriptor = descriptor
@@ -275,7 +275,7 @@ class Directory:
 
     @classmethod
     def open_or_create(cls, path: str) -> Directory:
-        """Open the directory `path`; if it is missing, create it and make that durable."""
+        """Open the directory `path`; if missing, create it and make that durable."""
         missing = []
         parent = os.path.normpath(path)
         while not os.path.lexists(parent):
@@ -283,7 +283,9 @@ class Directory:
             parent = os.path.dirname(parent) or "."
         for name in reversed(missing):
             os.mkdir(name)
-            with contextlib.closing(cls.open_existing(os.path.dirname(name) or ".")) as above:
+            with contextlib.closing(
+                cls.open_existing(os.path.dirname(name) or ".")
+            ) as above:
                 above.sync()
         return cls.open_existing(path)
 
@@ -358,7 +360,7 @@ class Directory:
         os.fsync(self._descriptor)
 
     def subdirectory(self, name: str) -> Directory:
-        """Open the directory `name` in this one; it is created, and synced, if missing."""
+        """Open the directory `name` in this one; if missing, create it and sync."""
         try:
             os.mkdir(name, dir_fd=self._descriptor)
         except FileExistsError:
@@ -371,9 +373,7 @@ class Directory:
     def move(self, name: str, other: DirectoryProtocol, new: str) -> None:
         """Rename a file into `other`; durable after both were synced, `other` first."""
         assert isinstance(other, Directory)
-        os.rename(
-            name, new, src_dir_fd=self._descriptor, dst_dir_fd=other._descriptor
-        )
+        os.rename(name, new, src_dir_fd=self._descriptor, dst_dir_fd=other._descriptor)
 
     def close(self) -> None:
         """Give the descriptor, and with it the lock, back; idempotent."""

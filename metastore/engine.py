@@ -126,7 +126,7 @@ class Engine:
         self._durable = content.sequence
         self._failure: BaseException | None = None
         self._is_closed = False
-        self._is_forked = False
+        self.is_forked = False
         # Guards what the leader and the compaction thread both change.
         self._mutex = threading.Lock()
         self._prepare_mutex = threading.Lock()
@@ -160,7 +160,7 @@ class Engine:
 
     def check(self) -> None:
         """Raise if the store cannot be written to."""
-        if self._is_forked:
+        if self.is_forked:
             raise StoreClosedError(
                 "the store belongs to the parent of this forked process: recover it "
                 f"here after that has shut it down ({self._directory.path})"
@@ -173,8 +173,8 @@ class Engine:
     def _failed(self) -> StoreFailedError:
         cause = self._failure
         error = StoreFailedError(
-            f"the store failed: {cause}; whether batches in flight are durable shows at "
-            f"the next recovery: close it and recover it again ({self._directory.path})"
+            f"the store failed: {cause}; whether batches in flight are durable shows "
+            f"at the next recovery: close it and recover it again ({self._directory.path})"
         )
         error.__cause__ = cause
         return error
@@ -234,7 +234,7 @@ class Engine:
                 self._sync_log()
         except BaseException as error:
             self._fail(error)
-            raise self._failed() from error
+            raise self._failed() from self._failure
         for request in group:
             if request.frame is not None:
                 request.sequence = sequence
@@ -341,16 +341,25 @@ class Engine:
                 self._try(self._rotate)
             self.check()
 
+        is_done = False
+
+        def work() -> None:
+            nonlocal is_done
+            self._compact_sealed()
+            is_done = True
+
         self._lead(rotate)
-        self._compactor.submit(self._compact_sealed)
+        self._compactor.submit(work)
         self._compactor.wait_idle()
         self.check()
+        if not is_done:
+            raise StoreClosedError(f"shut down before it was compacted: {self}")
 
     # ---- end ----
 
     def shutdown(self) -> None:
         """Seal the log, end the thread, close every file, free the lock; idempotent."""
-        if self._is_forked or self._is_closed:
+        if self.is_forked or self._is_closed:
             return
         # First the thread, which may wait for nothing of ours; then the log.
         self._compactor.stop()
@@ -379,6 +388,8 @@ class Engine:
 
     def abandon(self) -> None:
         """Give up files, thread and lock without another write; idempotent."""
+        if self.is_forked:
+            return
         self._is_closed = True
         self._compactor.stop()
         with self._prepare_mutex:
@@ -391,7 +402,10 @@ class Engine:
 
     def forget_after_fork(self) -> None:
         """In a forked child: let go of the descriptors, and with them of the lock."""
-        self._is_forked = True
+        self.is_forked = True
+        self._mutex = threading.Lock()  # the parent's may be held for ever here
+        if self._prepared is not None:
+            self._prepared[1].close()
         self._log.close()
         self._directory.close()
 

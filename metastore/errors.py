@@ -85,7 +85,9 @@ class StoreLockedError(MetastoreError, BlockingIOError):
 
     def __str__(self) -> str:
         holder = "" if self.holder_pid is None else f" by process {self.holder_pid}"
-        return f"the directory is locked{holder}: shut that store down first ({self.path})"
+        return (
+            f"the directory is locked{holder}: shut that store down first ({self.path})"
+        )
 
 
 class StoreClosedError(MetastoreError, ValueError):

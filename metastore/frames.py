@@ -118,9 +118,13 @@ def decode(data: memoryview, table: Table) -> tuple[Columns, int, int]:
 
 
 def corruption(
-    path: str, offset: int, status: int, frame: bytes | bytearray | memoryview, seed: int
+    path: str,
+    offset: int,
+    status: int,
+    frame: bytes | bytearray | memoryview,
+    seed: int,
 ) -> CorruptionError:
-    """Return the error for the bad frame of `status`, whose bytes begin with `frame`."""
+    """Return the error for a frame that is bad by `status` and begins with `frame`."""
     reason = _codec.REASONS[status]
     frame = bytes(frame)
     size = _codec.FRAME_HEADER_SIZE
@@ -192,7 +196,7 @@ def _raw(data: Uint8s) -> _Section:
 
 
 def _pack(kind: int, columns: Columns, level: int, saving: float) -> bytearray | None:
-    """Return a packed frame, or None if it would not be small enough, or not allowed."""
+    """Return a packed frame, or None if it would not be small enough or allowed."""
     n = len(columns)
     user_data_size = columns.user_data_size
     plain_size = 20 * n + user_data_size
@@ -221,9 +225,7 @@ def _pack(kind: int, columns: Columns, level: int, saving: float) -> bytearray |
     if size >= plain_size * saving or plain_size > PACKED_RATIO_MAX * size:
         return None
     payload = [table, *(section.stored for section in sections)]
-    return _codec.encode_payload(
-        kind, _codec.LAYOUT_PACKED, n, user_data_size, payload
-    )
+    return _codec.encode_payload(kind, _codec.LAYOUT_PACKED, n, user_data_size, payload)
 
 
 def _pack_section(data: Uint8s, compressor: zstandard.ZstdCompressor) -> _Section:
@@ -232,7 +234,7 @@ def _pack_section(data: Uint8s, compressor: zstandard.ZstdCompressor) -> _Sectio
     if byte >= 0 or len(data) == 0:
         return _constant(max(byte, 0))
     if _is_compressible(data, compressor):
-        stored = compressor.compress(memoryview(data))
+        stored = compressor.compress(data.data)
         if len(stored) < len(data):
             return _Section(_codec.ENCODING_ZSTD, 0, stored)
     return _raw(data)
@@ -242,7 +244,7 @@ def _is_compressible(data: Uint8s, compressor: zstandard.ZstdCompressor) -> bool
     if _codec.entropy_of_sample(data) <= _ENTROPY_BITS_MAX:
         return True
     sample = data[:_SAMPLE_SIZE]
-    return len(compressor.compress(memoryview(sample))) < len(sample) * _SAMPLE_SAVING
+    return len(compressor.compress(sample.data)) < len(sample) * _SAMPLE_SAVING
 
 
 def _pack_numbers(numbers: Uint64s, compressor: zstandard.ZstdCompressor) -> _Column:
@@ -310,7 +312,7 @@ def _pack_user_data(
         sample = user_data[: n_sample * common]
         planes = _codec.split_planes(sample, common)
         bits = [_codec.entropy_of_sample(plane) for plane in planes]
-        rows_size = len(compressor.compress(memoryview(sample)))
+        rows_size = len(compressor.compress(sample.data))
         planes_size = sum(bits) / 8 * (len(sample) / common)
         if min(bits) <= _ENTROPY_BITS_MAX and planes_size < rows_size:
             return _Column(

@@ -25,7 +25,16 @@ class Request:
         Run by the leader after the group was written, while nobody else writes.
     """
 
-    __slots__ = ("action", "error", "frame", "is_done", "leads", "sequence", "sync", "wake")
+    __slots__ = (
+        "action",
+        "error",
+        "frame",
+        "is_done",
+        "leads",
+        "sequence",
+        "sync",
+        "wake",
+    )
 
     def __init__(
         self,

@@ -142,7 +142,7 @@ class LogWriter:
         self._file.sync()
 
     def seal(self) -> None:
-        """Write the end frame and make it durable; everything before must be already."""
+        """Write the end frame and make it durable; all before must be already."""
         last = self.sequence - 1
         end = _codec.encode_payload(KIND_END, LAYOUT_PLAIN, 0, 0, ())
         _codec.finish_frame(end, self._seed, last, last)
@@ -185,7 +185,7 @@ class _Window:
 
 
 class _Source:
-    """Windows of a file: slices of a map, or copies for a file that may still change."""
+    """Windows of a file: slices of a map, or copies if the file may still change."""
 
     def __init__(self, file: FileProtocol, mapped: bool) -> None:
         self.size = file.size()
@@ -198,7 +198,9 @@ class _Source:
             return self._view[offset : offset + size]
         data = memoryview(self._file.read(offset, size))
         if len(data) < size:
-            raise OSError(errno.EIO, "the file shrank while it was read", self._file.path)
+            raise OSError(
+                errno.EIO, "the file shrank while it was read", self._file.path
+            )
         return data
 
 
@@ -292,10 +294,10 @@ class _Scan:
             size = _WINDOW_SIZE
             at_end = start + len(data) == self._source.size
             if self.status == _codec.SCAN_INCOMPLETE and not at_end:
-                # The frame is larger than the window; the claim is within the file?
-                size = max(size, _codec.frame_size(data, used))
-                if size > self._source.size - self.stop:
+                claimed = _codec.frame_size(data, used)
+                if claimed > self._source.size - self.stop:
                     return
+                size = max(size, claimed)
             elif self.status == _codec.SCAN_NO_BYTES and not at_end:
                 continue
             elif self.status != _codec.SCAN_MORE or self._sequence == self._bound:
@@ -345,7 +347,8 @@ def _judge_end(
     proof = _find_durable(source, end, seed, content.sequence)
     if proof >= 0:
         found.reason += (
-            f": the frame at offset {proof} says that batch {content.sequence} was durable"
+            f": the frame at offset {proof} says "
+            f"that batch {content.sequence} was durable"
         )
         content.damage = found
         return

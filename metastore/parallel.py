@@ -36,7 +36,7 @@ def ordered_map(
         under_way: deque[Future[Result]] = deque()
         try:
             for item in items:
-                under_way.append(pool.submit(function, item))
+                under_way.append(_submit(pool, function, item))
                 if len(under_way) >= 2 * threads:
                     yield under_way.popleft().result()
             while under_way:
@@ -44,3 +44,14 @@ def ordered_map(
         finally:
             for future in under_way:
                 future.cancel()
+
+
+def _submit(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], item: Item
+) -> Future[Result]:
+    try:
+        return pool.submit(function, item)
+    except RuntimeError:  # no thread to be had, as while the interpreter exits
+        future: Future[Result] = Future()
+        future.set_result(function(item))
+        return future

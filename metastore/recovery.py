@@ -1,7 +1,8 @@
 """What a directory means: decide by plan, read, then act.
 
 ``make_plan`` is pure: names and headers in, a plan out. ``read`` changes nothing.
-Only ``settle`` writes, and it removes a file only after what contains it was read whole.
+Only ``settle`` writes, and it removes a file only after what contains it was read
+whole.
 """
 
 from __future__ import annotations
@@ -190,11 +191,13 @@ class _Walk:
                 self._note(header, *logs[i:])
                 break
             if header.sequence < wanted or (not joined and header.sequence > wanted):
-                before = f"{joined[-1][0]}" if joined else f"{snapshot or 'no snapshot'}"
+                before = (
+                    f"{joined[-1][0]}" if joined else f"{snapshot or 'no snapshot'}"
+                )
                 missing = header.sequence > wanted
                 reason = (
-                    f"begins at batch {header.sequence}, but batch {wanted} must follow "
-                    f"{before}: {'a file is missing' if missing else 'they overlap'}"
+                    f"begins at batch {header.sequence}, but batch {wanted} must "
+                    f"follow {before}: {'a file is missing' if missing else 'they overlap'}"
                 )
                 error = CorruptionError(f"{self._path}/{name}", 40, reason)
                 self._note(error, *logs[i:])
@@ -280,7 +283,10 @@ def read(
     CorruptionError
         For damage in the snapshot; in a log too unless `stop_at_damage`.
     """
-    names = [*([plan.snapshot] if plan.snapshot else []), *(name for name, _ in plan.logs)]
+    names = [
+        *([plan.snapshot] if plan.snapshot else []),
+        *(name for name, _ in plan.logs),
+    ]
     files: dict[FileName, FileProtocol] = {}
     try:
         for name in names:
@@ -339,9 +345,7 @@ def _read_logs(
             file.sync()
             file.drop_cache()
         bound = None if is_newest else logs[i + 1][1].sequence
-        log = read_log(
-            file, header, bound=bound, threads=threads, on_bytes=counter.add
-        )
+        log = read_log(file, header, bound=bound, threads=threads, on_bytes=counter.add)
         parts += log.parts
         log.parts = []
         content.sequence = log.sequence - 1
@@ -366,7 +370,7 @@ def _read_logs(
 
 
 def settle(directory: DirectoryProtocol, content: Content) -> tuple[str, ...]:
-    """Keep under ``quarantine/`` what a recovery drops or sets aside; durable on return.
+    """Keep in ``quarantine/`` what a recovery drops or sets aside; durable on return.
 
     Nothing is removed: damaged files are moved, or copied where their beginning is
     still needed. A crash on the way leaves a directory that recovers the same.
@@ -448,7 +452,7 @@ def _remove_old_tails(quarantine: DirectoryProtocol) -> None:
 
 
 def remove_obsolete(directory: DirectoryProtocol, content: Content) -> tuple[str, ...]:
-    """Remove what the content that was read makes superfluous, after the new log stands.
+    """Remove what the content read makes superfluous, after the new log stands.
 
     Returns
     -------

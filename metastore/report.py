@@ -57,7 +57,8 @@ class RecoveryReport:
         ]
         if self.bytes_dropped:
             lines.append(
-                f"  torn tail: {self.bytes_dropped:,} bytes that were never acknowledged"
+                f"  torn tail: {self.bytes_dropped:,} bytes "
+                "that were never acknowledged"
             )
         if self.damage:
             lines.append(f"  damage: {self.damage}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 
@@ -63,9 +64,7 @@ class SnapshotReader:
         self._seed = snapshot_seed(header.store_id)
         trailer_at = max(self.size - TRAILER_SIZE, 0)
         trailer = bytes(self.view[trailer_at:])
-        self.end_offset, _ = unpack_trailer(
-            trailer, self._seed, self.path, trailer_at
-        )
+        self.end_offset, _ = unpack_trailer(trailer, self._seed, self.path, trailer_at)
         self.index, self.n_records, self.user_data_size = self._read_index(trailer_at)
         self._table = self._scan_blocks()
 
@@ -116,7 +115,9 @@ class SnapshotReader:
                     f"the index has another {field} for block {int(wrong[0])}",
                 )
         first, last = self.index["first_key"], self.index["last_key"]
-        wrong = np.flatnonzero((first > last) | np.append(first[1:] <= last[:-1], False))
+        wrong = np.flatnonzero(
+            (first > last) | np.append(first[1:] <= last[:-1], False)
+        )
         if len(wrong):
             raise self._error(
                 int(self.index["offset"][wrong[0]]),
@@ -172,7 +173,9 @@ class SnapshotReader:
     ) -> Columns:
         """Decode all blocks, each straight into its place in the result."""
         whole = Columns.allocate(self.n_records, self.user_data_size)
-        starts = np.concatenate([[0], np.cumsum(self.index["n_records"], dtype=np.uint64)])
+        starts = np.concatenate(
+            [[0], np.cumsum(self.index["n_records"], dtype=np.uint64)]
+        )
         sizes = np.concatenate([[0], np.cumsum(self.index["user_data_size"])])
         record_at, data_at = starts.tolist(), sizes.astype(np.uint64).tolist()
 
@@ -221,7 +224,7 @@ def split_into_blocks(columns: Columns) -> list[Columns]:
     if columns.user_data_size <= BLOCK_USER_DATA_SIZE_MAX * n_parts // 2:
         # Nothing is near the bound in bytes unless sizes vary wildly; checked below.
         cuts = [n * i // n_parts for i in range(n_parts + 1)]
-        parts = [columns.part(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        parts = [columns.part(a, b) for a, b in itertools.pairwise(cuts)]
         if all(part.user_data_size <= BLOCK_USER_DATA_SIZE_MAX for part in parts):
             return parts
     parts = []
@@ -266,9 +269,7 @@ class SnapshotWriter:
         self._pending_size = 0
         self._written = 0
         self._file = directory.create(name.temporary)
-        header = FileHeader(
-            "snapshot", store_id, name.number, sequence, time.time_ns()
-        )
+        header = FileHeader("snapshot", store_id, name.number, sequence, time.time_ns())
         self._put(header.pack())
 
     @property
@@ -306,7 +307,7 @@ class SnapshotWriter:
         self.put_block(columns, encode(KIND_BLOCK, columns, level))
 
     def copy_blocks(self, reader: SnapshotReader, start: int, stop: int) -> None:
-        """Append blocks of another snapshot of this store, bytes and checksums as they are."""
+        """Append blocks of another snapshot of this store, byte for byte."""
         rows = reader.index[start:stop].copy()
         first, end = reader.block_range(start)[0], reader.block_range(stop - 1)[1]
         # Modulo 2**64: the blocks may move either way.
@@ -316,7 +317,7 @@ class SnapshotWriter:
             self._put(reader.view[offset : min(offset + _WRITE_SIZE, end)])
 
     def publish(self) -> int:
-        """Write index and trailer, sync, rename, sync the directory; return the size."""
+        """Write index and trailer, sync, rename, sync directory; return the size."""
         index = (
             np.concatenate(self._rows) if self._rows else np.zeros(0, dtype=INDEX_DTYPE)
         )

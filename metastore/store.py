@@ -246,6 +246,8 @@ def _options(**options: Any) -> Options:
 
 
 def _warn_and_abandon(engine: Engine) -> None:
+    if engine.is_forked:
+        return  # the parent's to warn about
     warnings.warn(
         f"{engine} was never shut down: every batch that was acknowledged is safe, but "
         "the lock and the files were held until now",

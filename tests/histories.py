@@ -215,9 +215,7 @@ class History:
             store.shutdown()
 
 
-def run(
-    recover: Recover, operations: tuple[str, ...], *, record: int
-) -> list[Crash]:
+def run(recover: Recover, operations: tuple[str, ...], *, record: int) -> list[Crash]:
     """Open a new store and carry out `operations`; record from this one on."""
     with contextlib.closing(History(recover, Disk())) as history:
         for at, operation in enumerate(("open", *operations)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import types
 from collections.abc import Iterator
 from unittest import mock
@@ -30,6 +31,8 @@ def repeatable() -> Iterator[None]:
     clock = types.SimpleNamespace(time_ns=lambda: 1)
     dice = types.SimpleNamespace(token_bytes=lambda size: b"\x5a" * size)
     with (
+        # Each torn tail is reported, and here they come by the thousand.
+        mock.patch.object(logging.getLogger(engine.__name__), "disabled", True),
         mock.patch.object(engine, "secrets", dice),
         mock.patch.object(log, "time", clock),
         mock.patch.object(snapshot, "time", clock),

@@ -24,7 +24,9 @@ GOOD = [(1, (10, b"one")), (2, (20, b"two"))]
 
 @contextlib.contextmanager
 def refused(
-    db: Path, error: type[Exception] | tuple[type[Exception], ...], match: str = ""
+    db: Path,
+    error: type[Exception] | tuple[type[Exception], ...],
+    match: str | None = None,
 ) -> Iterator[MetadataStore]:
     """What happens inside must raise `error` and change nothing."""
     store, _ = MetadataStore.recover(db)

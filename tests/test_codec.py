@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import struct
 from collections.abc import Sequence
@@ -89,6 +90,7 @@ def batch_frame(payload: oracle.Payload) -> bytes:
 # What the one writes, the other reads
 
 
+@settings(max_examples=40)
 @given(strategies.batches())
 def test_oracle_reads_a_batch_of_tuples(records: Records) -> None:
     batch = [
@@ -100,12 +102,14 @@ def test_oracle_reads_a_batch_of_tuples(records: Records) -> None:
     assert metastore_reads(data) == records
 
 
+@settings(max_examples=40)
 @given(strategies.batches())
 def test_oracle_reads_plain_columns(records: Records) -> None:
     data = finished(frames.encode(_codec.KIND_BATCH, to_columns(records), LEVEL))
     assert data == batch_frame(oracle.pack_plain(records))
 
 
+@settings(max_examples=60)
 @given(strategies.shaped, st.sampled_from([1, 3, 9]))
 def test_oracle_reads_blocks(records: Records, level: int) -> None:
     frame = frames.encode(_codec.KIND_BLOCK, to_columns(records), level)
@@ -146,40 +150,26 @@ def test_oracle_reads_large_batches(seed: int, user_data: str) -> None:
 
 
 def test_every_form_of_packing_is_written(rng: random.Random) -> None:
+    shapes = [(keys, "alike", 8, "any") for keys in strategies.KEY_SHAPES]
+    shapes += [("any", values, 8, "any") for values in strategies.VALUE_SHAPES]
+    shapes += [
+        ("any", "alike", length, user_data)
+        for length in strategies.LENGTHS
+        for user_data in strategies.BYTE_SHAPES
+    ]
     found = set()
-    for keys in strategies.KEY_SHAPES:
-        for values in strategies.VALUE_SHAPES:
-            for length in strategies.LENGTHS:
-                for user_data in ("any", "text"):
-                    records = strategies.shaped_records(
-                        rng, 300, keys, values, length, user_data
-                    )
-                    frame = bytes(
-                        frames.encode(_codec.KIND_BLOCK, to_columns(records), LEVEL)
-                    )
-                    found |= forms_of(frame)
-    assert {
-        ("keys", "delta"),
-        ("keys", "planes"),
-        ("keys", "whole"),
-        ("values", "none"),
-        ("values", "delta"),
-        ("values", "planes"),
-        ("values", "whole"),
-        ("lengths", "planes"),
-        ("user data", "planes"),
-        ("user data", "whole"),
-        ("keys", "constant"),
-        ("keys", "raw"),
-        ("keys", "zstd"),
-        ("values", "constant"),
-        ("values", "raw"),
-        ("values", "zstd"),
-        ("lengths", "constant"),
-        ("lengths", "zstd"),
-        ("user data", "raw"),
-        ("user data", "zstd"),
-    } <= found
+    for shape in shapes:
+        records = strategies.shaped_records(rng, 300, *shape)
+        frame = frames.encode(_codec.KIND_BLOCK, to_columns(records), LEVEL)
+        found |= forms_of(bytes(frame))
+    numbers = {"none", "delta", "planes", "constant", "raw", "zstd"}
+    assert found == {
+        *(("keys", form) for form in numbers),
+        *(("values", form) for form in {*numbers, "whole"}),
+        *(("lengths", form) for form in ("none", "planes", "constant", "zstd")),
+        *(("user data", form) for form in ("none", "planes", "whole")),
+        *(("user data", form) for form in ("constant", "raw", "zstd")),
+    }
 
 
 def forms_of(frame: bytes) -> set[tuple[str, str]]:
@@ -200,6 +190,7 @@ def forms_of(frame: bytes) -> set[tuple[str, str]]:
     return found
 
 
+@settings(max_examples=60)
 @given(strategies.batches(size_min=1), strategies.choices)
 def test_metastore_reads_every_legal_packing(
     records: Records, choices: tuple[oracle.ColumnChoice, ...]
@@ -208,7 +199,7 @@ def test_metastore_reads_every_legal_packing(
     assert metastore_reads(data) == records
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(strategies.shaped, strategies.choices)
 def test_metastore_reads_long_packed_columns(
     records: Records, choices: tuple[oracle.ColumnChoice, ...]
@@ -217,6 +208,7 @@ def test_metastore_reads_long_packed_columns(
     assert metastore_reads(data) == records
 
 
+@settings(max_examples=40)
 @given(st.lists(strategies.batches(), max_size=5), st.integers(0, 7), st.booleans())
 def test_metastore_scans_many_frames(
     batches: list[Records], shift: int, sealed: bool
@@ -314,12 +306,12 @@ def forged_section(which: int, section: int, **changes: object) -> bytes:
 def test_forged_column_table(which: int) -> None:
     columns = oracle.packed_columns(SORTED, oracle.SORTED_CHOICES)
     assert metastore_reads(forge_packed(columns)) == SORTED
-    for claimed in range(256):
+    for claimed in (*range(68), 127, 128, 254, 255):
         data = forge_packed(forged_column(which, claimed_sections=claimed))
         found = metastore_reads(data)
         assert found == oracle_reads(data)
         assert (found is None) == (claimed != len(columns[which].sections))
-    for column_filter in range(256):
+    for column_filter in (0, 1, 2, 3, 128, 255):
         data = forge_packed(forged_column(which, filter=column_filter))
         assert metastore_reads(data) == oracle_reads(data)
         assert (oracle_reads(data) is not None) == (
@@ -342,7 +334,7 @@ def test_forged_section_table(which: int, section: int) -> None:
         for size in {*HOSTILE_SIZES, true_size - 1, true_size + 1}
         if size >= 0
     ]
-    changes += [{"encoding": number} for number in range(256)]
+    changes += [{"encoding": number} for number in (0, 1, 2, 3, 4, 128, 255)]
     changes += [{"zero": zero} for zero in (1, 0x100, 0xFFFF)]
     changes += [{"constant": constant} for constant in (1, 255)]
     for change in changes:
@@ -351,15 +343,15 @@ def test_forged_section_table(which: int, section: int) -> None:
         assert found == oracle_reads(data), change
         if "zero" in change or change.get("encoding", 0) > oracle.ZSTD:
             assert found is None, change
-        if "constant" in change:
-            assert (found is None) == (encoding != oracle.CONSTANT)
+        if "constant" in change and encoding != oracle.CONSTANT:
+            assert found is None, change
 
 
 PLANE = b"ab" * 32  # of user data: 64 bytes, as many as there are records
 
 
 def zstd_frames() -> dict[str, tuple[bytes, bool]]:
-    """Stored bytes of a zstd section whose content is PLANE, and whether they may be."""
+    """Stored bytes of a section that should hold PLANE, and whether they may stand."""
     good = oracle.pack_zstd(PLANE)
     unsized = zstandard.ZstdCompressor(write_content_size=False).compress(PLANE)
     checked = zstandard.ZstdCompressor(write_checksum=True).compress(PLANE)
@@ -472,23 +464,22 @@ def test_unpacked_size_of_a_packed_frame_is_bounded() -> None:
         assert oracle_reads(data) is None
 
 
-@settings(max_examples=200)
+@settings(max_examples=150)
 @given(st.data())
 def test_changed_payloads(data: st.DataObject) -> None:
     frame = FRAMES[data.draw(st.sampled_from(sorted(FRAMES)))]
     for _ in range(data.draw(st.integers(1, 3))):
         if len(frame) > 48:
             # Half of the changes go into the tables of a packed payload.
-            last = data.draw(
-                st.sampled_from([len(frame) - 1, min(272, len(frame) - 1)])
-            )
-            at = data.draw(st.integers(48, last))
+            end = data.draw(st.sampled_from([len(frame), min(272, len(frame))]))
+            at = data.draw(st.integers(48, end - 1))
             frame = oracle.set_byte(frame, at, data.draw(st.integers(0, 255)))
     # Padding is left to be found wrong.
     frame = oracle.fix_payload_checksum(frame, 0, LOG.seed)
     assert metastore_reads(frame) == oracle_reads(frame)
 
 
+@settings(max_examples=40)
 @given(st.binary(max_size=120), st.integers(0, 3), st.integers(0, 300))
 def test_payloads_of_any_bytes(stored: bytes, n_records: int, size: int) -> None:
     for layout in (oracle.PLAIN, oracle.PACKED):
@@ -524,6 +515,7 @@ def test_find_durable_agrees_with_the_oracle() -> None:
                     assert oracle.get_field(part, found, "durable") >= sequence
 
 
+@settings(max_examples=40)
 @given(st.binary(max_size=20), st.integers(0, 40), st.integers(0, 40))
 def test_find_nonzero(data: bytes, before: int, offset: int) -> None:
     data = bytes(before) + data
@@ -565,6 +557,7 @@ def uint64s(numbers: Sequence[int]) -> np.ndarray:
     return np.array(numbers, dtype=np.uint64)
 
 
+@settings(max_examples=40)
 @given(st.lists(strategies.u64, max_size=50))
 @example([])
 def test_differences_and_disorder(numbers: list[int]) -> None:
@@ -575,6 +568,7 @@ def test_differences_and_disorder(numbers: list[int]) -> None:
     assert _merge.is_increasing(uint64s(numbers)) == (bad == -1)
 
 
+@settings(max_examples=40)
 @given(st.integers(0, 40), st.integers(0, 39))
 def test_disorder_finds_a_tombstone(n: int, dead: int) -> None:
     keys = np.arange(n, dtype=np.uint64)
@@ -583,6 +577,7 @@ def test_disorder_finds_a_tombstone(n: int, dead: int) -> None:
     assert _codec.first_disorder(keys, values) == (dead if dead < n else -1)
 
 
+@settings(max_examples=40)
 @given(st.integers(1, 70), st.integers(0, 40), st.integers(0, 2**32 - 1))
 def test_split_planes(width: int, n: int, seed: int) -> None:
     data = random.Random(seed).randbytes(width * n)
@@ -600,12 +595,13 @@ def test_constant_of() -> None:
 
 keys_that_repeat = st.lists(
     st.one_of(
-        st.integers(0, 8), strategies.u64, st.integers(0, 40).map(lambda i: 1 << i)
+        st.integers(0, 8), strategies.u64, st.integers(0, 63).map(lambda i: 1 << i)
     ),
     max_size=60,
 )
 
 
+@settings(max_examples=40)
 @given(keys_that_repeat)
 def test_sort_last_wins_small(keys: list[int]) -> None:
     model = {key: i for i, key in enumerate(keys)}
@@ -625,6 +621,7 @@ def test_sort_last_wins_large(bits: int, rng: random.Random) -> None:
     np.testing.assert_array_equal(order, len(keys) - 1 - first)
 
 
+@settings(max_examples=40)
 @given(strategies.batches())
 def test_columns_sort_last_wins(records: Records) -> None:
     found = to_records(columns.sort_last_wins(to_columns(records)))
@@ -648,11 +645,11 @@ def two_runs(draw: st.DrawFn) -> tuple[Records, Records]:
         what = draw(st.sampled_from(["leave", "leave", "delete", "replace"]))
         if what != "leave":
             new.append((key, 0, b"") if what == "delete" else (key, 9, b"new"))
-    return old, [
-        (key, *rest) for key, rest in sorted({k: (v, d) for k, v, d in new}.items())
-    ]
+    last = {key: (key, value, data) for key, value, data in new}
+    return old, [last[key] for key in sorted(last)]
 
 
+@settings(max_examples=40)
 @given(two_runs(), st.integers(1, 3))
 def test_merge(runs: tuple[Records, Records], threads: int) -> None:
     old, new = runs
@@ -662,17 +659,17 @@ def test_merge(runs: tuple[Records, Records], threads: int) -> None:
     assert int(merged.offsets[-1]) == len(merged.user_data)
 
 
+@settings(max_examples=40)
 @given(two_runs(), st.integers(0, 5), st.integers(0, 5), st.integers(0, 2**40))
 def test_merge_of_parts(
     runs: tuple[Records, Records], skip: int, leave: int, base: int
 ) -> None:
     # Parts share the bytes of the whole: their offsets do not begin at 0.
-    old, new = (
-        to_columns(run).part(
-            min(skip, len(run)), max(len(run) - leave, min(skip, len(run)))
-        )
-        for run in runs
-    )
+    parts = []
+    for run in runs:
+        start = min(skip, len(run))
+        parts.append(to_columns(run).part(start, max(start, len(run) - leave)))
+    old, new = parts
     n, size = _merge.merge_size(
         old.keys, old.offsets, new.keys, new.values, new.offsets
     )
@@ -684,10 +681,9 @@ def test_merge_of_parts(
     assert to_records(merged) == expected
 
 
-@settings(max_examples=10)
-@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 3]))
-def test_merge_of_many_records_by_threads(seed: int, threads: int) -> None:
-    numbers = np.random.default_rng(seed)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_merge_of_many_records(threads: int, rng: random.Random) -> None:
+    numbers = np.random.default_rng(rng.getrandbits(32))
 
     def run(n: int) -> tuple[dict[int, int], Columns]:
         keys = np.unique(numbers.integers(0, 300_000, n, dtype=np.uint64))
@@ -713,6 +709,7 @@ def test_merge_of_many_records_by_threads(seed: int, threads: int) -> None:
     np.testing.assert_array_equal(merged.user_data, expected)
 
 
+@settings(max_examples=40)
 @given(st.lists(strategies.batches(), max_size=4), st.integers(0, 3))
 def test_concatenate(batches: list[Records], skip: int) -> None:
     parts = [
@@ -724,13 +721,15 @@ def test_concatenate(batches: list[Records], skip: int) -> None:
     assert joined.offsets[0] == 0
 
 
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 6), max_size=8), st.integers(0, 40))
 def test_check_offsets(numbers: list[int], size: int) -> None:
-    ascending = all(a <= b for a, b in zip(numbers, numbers[1:], strict=False))
+    ascending = all(a <= b for a, b in itertools.pairwise(numbers))
     ends = bool(numbers) and numbers[0] == 0 and numbers[-1] == size
     assert _merge.check_offsets(uint64s(numbers), size) == (ascending and ends)
 
 
+@settings(max_examples=40)
 @given(strategies.batches(size_min=1), st.lists(st.integers(0, 11), max_size=20))
 def test_gather(records: Records, order: list[int]) -> None:
     whole = to_columns(records)

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -74,19 +75,15 @@ def flip(path: Path, offset: int) -> None:
     path.write_bytes(data)
 
 
-def run_demo(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "metastore", "demo", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, **options)
-
-
 # The whole of it
 
 
 def test_everything_comes_back_after_two_kills(tree: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
-    done = run_demo(
-        str(tree), "--directory", str(work), "--kills", "2", "--threads", "4"
-    )
+    command = [sys.executable, "-m", "metastore", "demo", str(tree)]
+    command += ["--directory", str(work), "--kills", "2", "--threads", "4"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    print(done.stdout)  # the seed among it
     assert done.returncode == 0, done.stderr + done.stdout
     assert done.stderr == ""  # no bar where no terminal is
     assert ": 0 differences" in done.stdout
@@ -110,43 +107,52 @@ def test_everything_comes_back_after_two_kills(tree: Path, tmp_path: Path) -> No
             assert file.read() == data, path
 
 
-def test_the_same_seed_kills_at_the_same_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    points: list[list[int | None]] = []
-
-    class Recording(Demo):
+def test_the_same_seed_kills_at_the_same_batches(tmp_path: Path) -> None:
+    class Rehearsal(Demo):
         def load(self, kill_after_batches: int | None = None) -> None:
-            points[-1].append(kill_after_batches)
-            super().load(kill_after_batches)
+            points.append(kill_after_batches)
+            self.acknowledged |= set(range(10 * len(points)))
 
-    manifest = walk(str(small_tree(tmp_path / "tree")))
-    for name in ("a", "b"):
-        points.append([])
-        (tmp_path / name).mkdir()
-        demo.play(Recording(manifest, str(tmp_path / name), 1), kills=1, seed=7)
-    assert points[0] == points[1]
-    assert points[0][0] in range(1, 20)
-    assert points[0][1] is None
+        def check(self, when: str) -> None:
+            labels.append(when)
+
+        def delete_some(self) -> None:
+            pass
+
+    manifest = walk(str(small_tree(tmp_path / "tree", 40)))
+    runs = []
+    for _ in range(2):
+        points: list[int | None] = []
+        labels: list[str] = []
+        demo.play(Rehearsal(manifest, str(tmp_path), 1), kills=3, seed=7)
+        assert labels == ["after kill 1", "after kill 2", "after kill 3", "at the end"]
+        runs.append(points)
+    assert runs[0] == runs[1]
+    first, second, third, last = runs[0]
+    assert first in range(1, 21)  # of 40 batches, for three kills
+    assert second in range(1, 21)  # of 30, for two
+    assert third in range(1, 20)  # of 20, for one
+    assert last is None
 
 
-def test_the_temporary_directory_is_removed_unless_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_temporary_directory_is_removed_unless_kept(
+    keep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tree = small_tree(tmp_path / "tree", 3)
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    environment = {**os.environ, "TMPDIR": str(temporary)}
-    assert run_demo(str(tree), env=environment).returncode == 0
-    assert list(temporary.iterdir()) == []
-    assert run_demo(str(tree), "--keep", env=environment).returncode == 0
-    (kept,) = temporary.iterdir()
-    assert (kept / STORE).is_dir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    assert cli.main(["demo", str(tree), "--kills=0", *["--keep"][: int(keep)]]) == 0
+    assert len(list(temporary.glob("*/store/snapshot_*"))) == int(keep)
+    assert len(list(temporary.iterdir())) == int(keep)
 
 
 def test_a_single_empty_file_is_enough(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     tree.mkdir()
     (tree / "empty").touch()
-    assert demo.run(str(tree), directory=str(tmp_path / "work"), kills=3) == 0
+    assert demo.run(str(tree), directory=str(tmp_path / "work"), kills=1) == 0
 
 
 # What differs is found
@@ -377,16 +383,14 @@ class Terminal:
         pass
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+def pretend_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     return terminal
 
 
-def test_progress_without_tqdm_is_one_line(
-    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_progress_without_tqdm_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = pretend_terminal(monkeypatch)
     monkeypatch.setitem(sys.modules, "tqdm", None)  # as if it were not installed
     with Progress("storing", 1000) as progress:
         progress.advance(10)
@@ -395,8 +399,9 @@ def test_progress_without_tqdm_is_one_line(
     assert terminal.text.endswith("\rstoring:  50% (1,000 of 2,000 files)\n")
 
 
-def test_progress_with_tqdm_is_its_bar(terminal: Terminal) -> None:
+def test_progress_with_tqdm_is_its_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tqdm")
+    terminal = pretend_terminal(monkeypatch)
     with Progress("storing", 1000, "bytes") as progress:
         progress.report(500, 1000)
     assert "storing" in terminal.text

@@ -19,7 +19,7 @@ from benchmarks.measure import (
     touch,
 )
 from benchmarks.peers import Metastore, Peer
-from benchmarks.results import OURS, Row
+from benchmarks.results import Row
 from benchmarks.settings import Settings
 
 __all__ = ["p1", "p2", "p3"]
@@ -247,7 +247,9 @@ def p3(settings: Settings) -> list[Row]:
         f"bytes on the disk of {n_records:,} records",
         "bytes/record",
         {
-            side.name: [directory_size(settings.peer_store(side, n_records)) / n_records]
+            side.name: [
+                directory_size(settings.peer_store(side, n_records)) / n_records
+            ]
             for side in _sides(settings)
         },
     )

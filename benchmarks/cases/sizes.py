@@ -12,7 +12,7 @@ from benchmarks.measure import Run, alternate, directory_size, isolated, reset_p
 from benchmarks.results import OURS, Row
 from benchmarks.settings import NO_ROTATION, Settings, insert_arrays
 
-__all__ = ["m1", "m2", "d1"]
+__all__ = ["d1", "m1", "m2"]
 
 _MIB = 1 << 20
 _SAMPLE_SECONDS = 0.01

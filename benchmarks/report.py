@@ -1,0 +1,238 @@
+"""Figures to a JSON file, to text, and into docs/performance.md with its pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from benchmarks.measure import BenchmarkError
+from benchmarks.results import OURS, figure
+
+__all__ = ["Figures", "as_text", "write"]
+
+_DOCUMENT = pathlib.Path("docs/performance.md")
+_PICTURES = pathlib.Path("docs/pictures")
+_BEGIN = "<!-- benchmarks: begin (written by `python -m benchmarks --report`) -->"
+_END = "<!-- benchmarks: end -->"
+
+
+class Figures:
+    """The figures of one or several runs, kept in a JSON file case by case.
+
+    Parameters
+    ----------
+    path : str or None
+        The file. What it holds of other cases stays; None keeps nothing.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        self._path = path
+        self.content: dict[str, Any] = {"machine": {}, "missing": [], "cases": {}}
+        if path and os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                self.content = json.load(file)
+            if "cases" not in self.content:
+                raise BenchmarkError(f"not a file of figures: {path}")
+
+    def begin(self, machine: dict[str, Any], missing: list[str]) -> None:
+        """Note what runs where; figures of another machine do not mix with these."""
+        old = self.content["machine"]
+        same = ("processor", "cores", "memory_size", "file_system", "architecture")
+        if any(old.get(name, machine[name]) != machine[name] for name in same):
+            raise BenchmarkError(
+                f"{self._path} holds figures of another machine: choose another file"
+            )
+        self.content["machine"] = machine
+        self.content["missing"] = missing
+        self._save()
+
+    def add(self, case: str, result: dict[str, Any]) -> None:
+        """Put in the result of a case, and save the file."""
+        self.content["cases"][case] = result
+        self._save()
+
+    def _save(self) -> None:
+        if self._path:
+            part = f"{self._path}.part"
+            with open(part, "w", encoding="utf-8") as file:
+                json.dump(self.content, file, indent=1)
+            os.replace(part, self._path)
+
+
+def _spread(side: dict[str, Any], unit: str) -> str:
+    text = figure(side["median"], unit)
+    if side["min"] == side["max"]:
+        return text
+    return f"{text} ({figure(side['min'], unit)} to {figure(side['max'], unit)})"
+
+
+def _goal(goal: dict[str, Any]) -> tuple[str, str, str]:
+    """Return the ratio with its spread, the bound, and whether it is met."""
+    ratio = goal["ratio"]
+    text = f"{ratio['median']:.3g}"
+    if ratio["min"] != ratio["max"]:
+        text += f" ({ratio['min']:.3g} to {ratio['max']:.3g})"
+    if goal["factor"] is None:
+        return text, "-", "-"
+    return (
+        text,
+        f"{goal['bound']} {goal['factor']:g}",
+        "yes" if goal["met"] else "**no**",
+    )
+
+
+def as_text(case: str, result: dict[str, Any]) -> str:
+    """Return the result of one case as lines for a terminal."""
+    if "error" in result:
+        return f"{case}: {result['error']}"
+    lines = []
+    for row in result["rows"]:
+        lines.append(f"{row['name']}: {row['title']}")
+        for name, side in row["sides"].items():
+            lines.append(f"    {name}: {_spread(side, row['unit'])}")
+        for goal in row["goals"]:
+            ratio, bound, met = _goal(goal)
+            what = f"{goal['kind']} ({goal['against']})"
+            lines.append(f"    {ratio} {what}; to reach: {bound}; met: {met}")
+        lines += [f"    {note}" for note in row["notes"]]
+    lines.append(f"    ({case} took {result['seconds']:.0f} s)")
+    return "\n".join(lines)
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _goals_table(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        for goal in row["goals"]:
+            ratio, bound, met = _goal(goal)
+            lines.append(
+                [
+                    row["name"],
+                    _spread(row["sides"][OURS], row["unit"]),
+                    goal["against"],
+                    figure(row["sides"][goal["against"]]["median"], row["unit"]),
+                    f"{ratio} {goal['kind']}",
+                    bound,
+                    met,
+                ]
+            )
+    head = ["case", "metastore", "against", "its figure", "ratio", "to reach", "met"]
+    return _table(head, lines)
+
+
+def _sides_table(rows: list[dict[str, Any]]) -> str:
+    """Return a table with a line per row and a column per side."""
+    names: list[str] = []
+    for row in rows:
+        names += [name for name in row["sides"] if name not in names]
+    lines = []
+    for row in rows:
+        cells = [
+            _spread(row["sides"][name], row["unit"]) if name in row["sides"] else "-"
+            for name in names
+        ]
+        lines.append([row["name"], *cells])
+    return _table(["case", *names], lines)
+
+
+def _titles(rows: list[dict[str, Any]]) -> str:
+    return "\n".join(f"- {row['name']}: {row['title']}." for row in rows)
+
+
+def _machine(content: dict[str, Any]) -> str:
+    machine = content["machine"]
+    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
+    peers = ", ".join(f"{k} {v}" for k, v in machine["peers"].items()) or "none"
+    cases = content["cases"].values()
+    repeats = sorted({case["repeat"] for case in cases})
+    scales = sorted({case["scale"] for case in cases})
+    return "\n".join(
+        [
+            f"Measured on {machine['date']}: {machine['processor']}, "
+            f"{machine['cores']} cores, "
+            f"{machine['memory_size'] / (1 << 30):.0f} GiB of memory, "
+            f"{machine['system']} ({machine['architecture']}), "
+            f"{machine['file_system']}. Versions: {versions}.",
+            f"Peers: {peers}.",
+            f"Rounds: {', '.join(map(str, repeats))}; scale: "
+            f"{', '.join(f'{scale:g}' for scale in scales)}; load of the machine "
+            f"before a case: at most {max(case['load_before'] for case in cases):.1f}.",
+        ]
+    )
+
+
+def _section(content: dict[str, Any], pictures: list[tuple[str, str]]) -> str:
+    results = {
+        name: result for name, result in content["cases"].items() if "rows" in result
+    }
+    rows = [row for result in results.values() for row in result["rows"]]
+    beside = [row for row in rows if row["name"][0] == "P" or row["name"][:2] == "C6"]
+    parts = [
+        _machine(content),
+        "Each figure is the median of the rounds, in brackets the least and the "
+        "greatest.",
+        "### Against the ancestor and the limits",
+        _goals_table([row for row in rows if row not in beside]),
+        _titles([row for row in rows if row not in beside]),
+    ]
+    if beside:
+        parts += [
+            "### Beside other stores",
+            _sides_table(beside),
+            _titles(beside),
+            "What had to be reached:",
+            _goals_table(beside),
+        ]
+    notes = [f"- {row['name']}: {note}." for row in rows for note in row["notes"]]
+    if notes:
+        parts += ["### Notes", "\n".join(notes)]
+    failed = [
+        f"- {name}: {result['error']}"
+        for name, result in content["cases"].items()
+        if "error" in result
+    ]
+    if failed:
+        parts += ["### Failed", "\n".join(failed)]
+    if pictures:
+        parts.append("### Pictures")
+        parts += [f"![{text}](pictures/{name})" for name, text in pictures]
+    return "\n\n".join(parts)
+
+
+def write(content: dict[str, Any]) -> None:
+    """Write tables between the markers of docs/performance.md, and its pictures.
+
+    Raises
+    ------
+    BenchmarkError
+        If there are no figures, or the document has no markers.
+    """
+    if not any("rows" in result for result in content["cases"].values()):
+        raise BenchmarkError("there are no figures to write")
+    try:
+        text = _DOCUMENT.read_text(encoding="utf-8")
+        before, rest = text.split(_BEGIN)
+        _, after = rest.split(_END)
+    except (OSError, ValueError) as error:
+        raise BenchmarkError(
+            f"{_DOCUMENT} is missing or has not one pair of markers: run from the root "
+            "of the repository"
+        ) from error
+    try:
+        from benchmarks import pictures
+    except ImportError as error:
+        raise BenchmarkError(
+            "the pictures need matplotlib: `pip install metastore[bench]`"
+        ) from error
+    _PICTURES.mkdir(exist_ok=True)
+    drawn = pictures.draw(content, _PICTURES)
+    section = _section(content, drawn)
+    _DOCUMENT.write_text(
+        f"{before}{_BEGIN}\n\n{section}\n\n{_END}{after}", encoding="utf-8"
+    )
