@@ -408,7 +408,7 @@ cdef int _read_header(
     const uint8_t* header, Py_ssize_t left, uint32_t seed, uint64_t sequence,
     bint snapshot, Row* row
 ) noexcept nogil:
-    """Check the frame at `header`, with `left` bytes of its file left, and fill `row`."""
+    """Check the frame at `header`, `left` bytes before the file ends; fill `row`."""
     cdef uint32_t stored, computed
     cdef uint64_t durable, found, payload_size
     cdef Py_ssize_t size
@@ -636,7 +636,7 @@ cdef int _read_table(const uint8_t* payload, Row* row, Sections* out) noexcept n
     cdef uint64_t unpacked
     cdef const uint8_t* at
     cdef Section* item
-    cdef int column, i
+    cdef int column, _i
     if left < COLUMN_HEADS:
         return BAD_TABLE
     widths[0] = 8
@@ -667,7 +667,7 @@ cdef int _read_table(const uint8_t* payload, Row* row, Sections* out) noexcept n
         unpacked = n
         if out.counts[column] == 1:
             unpacked = row.user_data_size if column == 3 else n * widths[column]
-        for i in range(out.counts[column]):
+        for _i in range(out.counts[column]):
             _read_section(
                 payload + COLUMN_HEADS + (item - &out.items[0]) * SECTION_ROW, item
             )
@@ -1043,7 +1043,7 @@ def entropy_of_sample(const uint8_t[::1] data not None):
 
 
 def constant_of(const uint8_t[::1] data not None):
-    """Return the one value that all bytes have, or -1 if they differ or are none."""
+    """Return the one value that all bytes have, or -1 if they differ or it is empty."""
     cdef Py_ssize_t size = data.shape[0]
     if size == 0 or (size > 1 and memcmp(&data[0], &data[1], size - 1) != 0):
         return -1

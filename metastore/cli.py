@@ -84,23 +84,25 @@ def _overview_lines(found: Overview) -> Iterator[str]:
 
 
 def _facts_row(facts: FileFacts) -> tuple[str, ...]:
-    first = "" if facts.first_sequence is None else f"{facts.first_sequence:,}"
-    last = "" if facts.last_sequence is None else f"{facts.last_sequence:,}"
-    batches = f"{first} to {last}".strip()
-    if facts.first_sequence is not None and facts.last_sequence is not None:
-        if facts.last_sequence < facts.first_sequence:
-            batches = f"none before {first}"
-    elif facts.first_sequence is not None:
-        batches = f"from {first}"
     return (
         str(facts.name),
         str(facts.name.number),
         f"{facts.size:,}",
-        batches,
+        _batches(facts.first_sequence, facts.last_sequence),
         "" if facts.n_records is None else f"{facts.n_records:,}",
         facts.state,
         "" if facts.created_ns is None else _time(facts.created_ns),
     )
+
+
+def _batches(first: int | None, last: int | None) -> str:
+    if first is None:
+        return "" if last is None else f"up to {last:,}"
+    if last is None:
+        return f"from {first:,}"
+    if last < first:
+        return f"none before {first:,}"
+    return f"{first:,} to {last:,}"
 
 
 def _time(nanoseconds: int) -> str:

@@ -267,7 +267,7 @@ class File:
 
 
 class Directory:
-    """A real directory, held open: to rename it or to change the working one is harmless."""
+    """A real directory, held open: renaming it or changing the cwd is harmless."""
 
     def __init__(self, descriptor: int, path: str) -> None:
         self._descriptor = descriptor

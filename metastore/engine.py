@@ -174,7 +174,8 @@ class Engine:
         cause = self._failure
         error = StoreFailedError(
             f"the store failed: {cause}; whether batches in flight are durable shows "
-            f"at the next recovery: close it and recover it again ({self._directory.path})"
+            f"at the next recovery: close it and recover it again "
+            f"({self._directory.path})"
         )
         error.__cause__ = cause
         return error

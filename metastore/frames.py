@@ -124,7 +124,7 @@ def corruption(
     frame: bytes | bytearray | memoryview,
     seed: int,
 ) -> CorruptionError:
-    """Return the error for a frame that is bad by `status` and begins with `frame`."""
+    """Return the error for the bad frame of `status`; `frame` is how it begins."""
     reason = _codec.REASONS[status]
     frame = bytes(frame)
     size = _codec.FRAME_HEADER_SIZE

@@ -333,7 +333,7 @@ def _verify(directory: Directory, threads: int, progress: Progress) -> Verificat
 
 def _check_snapshot(name: FileName, size: int, reader: SnapshotReader) -> FileCheck:
     checked = (
-        f"header, index and every block: {reader.n_blocks:,} blocks, "
+        f"header, index and every block ({reader.n_blocks:,}): "
         f"{reader.n_records:,} records up to batch {reader.header.sequence:,}"
     )
     return FileCheck(name, size, checked, None, reader.n_records, None)
@@ -341,9 +341,9 @@ def _check_snapshot(name: FileName, size: int, reader: SnapshotReader) -> FileCh
 
 def _check_log(name: FileName, size: int, log: LogContent) -> FileCheck:
     first, last = log.sequence - log.n_batches, log.sequence - 1
-    which = f" {first:,} to {last:,}" if log.n_batches else ""
+    which = f"batches {first:,} to {last:,}" if log.n_batches else "no batches"
     end = "sealed" if log.is_sealed else "not sealed"
-    checked = f"header and every frame: {log.n_batches:,} batches{which}, {end}"
+    checked = f"header and every frame: {which}, {end}"
     if log.torn_size:
         checked += f"; torn tail of {log.torn_size:,} bytes at offset {log.end}"
     return FileCheck(name, size, checked, log.n_batches, None, log.damage)

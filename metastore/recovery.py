@@ -197,7 +197,8 @@ class _Walk:
                 missing = header.sequence > wanted
                 reason = (
                     f"begins at batch {header.sequence}, but batch {wanted} must "
-                    f"follow {before}: {'a file is missing' if missing else 'they overlap'}"
+                    f"follow {before}: "
+                    f"{'a file is missing' if missing else 'they overlap'}"
                 )
                 error = CorruptionError(f"{self._path}/{name}", 40, reason)
                 self._note(error, *logs[i:])

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
-from disk import CHANGES, Disk, Operation
+from disk import CHANGES, Disk, Fault, Operation
 from metastore.directory import DirectoryProtocol
 from simulated import SimulatedDirectory
 from verbs import Batch, Record, State, apply
@@ -137,12 +137,19 @@ class History:
         Where the store is, or will be. It is changed.
     trace : Trace, optional
         What was inserted into it before.
+    plan : callable, optional
+        Asked before each call whether it is to fail.
     """
 
     def __init__(
-        self, recover: Recover, disk: Disk, trace: Trace | None = None
+        self,
+        recover: Recover,
+        disk: Disk,
+        trace: Trace | None = None,
+        plan: Callable[[Operation], Fault | None] | None = None,
     ) -> None:
         self._recover = recover
+        self._plan = plan
         self.disk = disk
         self.trace = trace or Trace()
         self.store: Store | None = None
@@ -188,14 +195,19 @@ class History:
             killed.before = None
             self.store.shutdown()
             self.disk.before = self._record
-        self.store, state = self._recover(SimulatedDirectory(self.disk))
+        self.store, state = self._recover(self.directory())
         self.trace.recovered(state)
 
-    def _record(self, operation: Operation) -> None:
+    def directory(self) -> SimulatedDirectory:
+        """What the store is recovered in."""
+        return SimulatedDirectory(self.disk)
+
+    def _record(self, operation: Operation) -> Fault | None:
         if operation.kind in CHANGES:
             if self.recording:
                 self._keep(operation)
             self.call += 1
+        return self._plan(operation) if self._plan else None
 
     def _keep(self, operation: Operation | None) -> None:
         self.crashes.append(

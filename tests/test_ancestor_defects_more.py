@@ -22,6 +22,7 @@ from verbs import (
     flip,
     logs,
     named,
+    newest_log,
     numbered,
     open_image,
     others_may_run,
@@ -241,7 +242,7 @@ def test_13_a_kill_at_any_moment_of_a_recovery():
     store.compact()
     store.shutdown()
     torn = open_image(disk.live_image(), numbered(3, 6))
-    name = max(name for name in torn if name.startswith("log"))
+    name = newest_log(torn)
     last = batches_in(torn[name])[-1]
     torn[name] = oracle.put(torn[name], last.end - 8, b"torn off")
     disk = Disk(torn)

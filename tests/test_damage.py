@@ -60,7 +60,7 @@ def small(image: Image) -> Image:
     return {
         name: without_tail(data) + bytes(16) if name.startswith("log") else data
         for name, data in image.items()
-        if data
+        if oracle.parse_name(name)
     }
 
 

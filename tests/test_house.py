@@ -17,7 +17,7 @@ PACKAGE = ROOT / "metastore"
 FUNCTION_LINES_MAX = 69
 
 #: One word per concept; each of these is another project's word for one of ours. Words
-#: that also have a right use (item, row, payload, merge) are left to the reader.
+#: that also have a right use (flush, item, merge, payload, row) are left to the reader.
 WORDS = {
     "blob": "user_data",
     "blobs": "user_data",
@@ -25,8 +25,6 @@ WORDS = {
     "checkpoints": "snapshots",
     "entries": "records",
     "entry": "record",
-    "flush": "sync",
-    "flushed": "synced",
     "journal": "log",
     "segment": "log",
     "segments": "logs",

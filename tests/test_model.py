@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 import oracle
 from disk import Disk, Image
 from metastore.errors import CorruptionError
-from verbs import Batch, apply, batches_in, content, recover_on
+from verbs import Batch, apply, batches_in, content, newest_log, recover_on
 
 # Few keys, so that batches meet; the ends of the range among them.
 KEYS = st.one_of(st.integers(0, 12), st.sampled_from([2**32, 2**63, 2**64 - 1]))
@@ -122,14 +122,11 @@ class StoreMachine(RuleBasedStateMachine):
         del self.states[left + 1 :]
         self.open()
 
-    def newest_log(self, image: Image) -> str:
-        return max(name for name in image if name.startswith("log") and "." not in name)
-
     @rule(garbage=st.binary(min_size=1, max_size=100))
     def garbage_behind_the_last_frame(self, garbage: bytes) -> None:
         """A torn tail in the place of the zeros is dropped, whatever its bytes."""
         image = self.disk.live_image()
-        name = self.newest_log(image)
+        name = newest_log(image)
         found = batches_in(image[name])
         end = found[-1].end if found else oracle.FILE_HEADER.size
         image[name] = image[name][:end] + garbage
@@ -141,7 +138,7 @@ class StoreMachine(RuleBasedStateMachine):
     def damage_of_the_last_frame(self, data: st.DataObject) -> None:
         """Looks like a torn write, if nothing behind it says that it was durable."""
         image = self.disk.live_image()
-        name = self.newest_log(image)
+        name = newest_log(image)
         found = batches_in(image[name])
         if not found:
             return
@@ -156,7 +153,7 @@ class StoreMachine(RuleBasedStateMachine):
     def damage_before_the_last_frame(self, data: st.DataObject) -> None:
         """Refused, without a change, and whole again once the damage is undone."""
         image = self.disk.live_image()
-        name = self.newest_log(image)
+        name = newest_log(image)
         found = batches_in(image[name])
         durable = max((span.durable for span in found), default=0)
         damaged = [span for span in found if span.sequence <= durable]

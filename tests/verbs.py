@@ -123,6 +123,12 @@ def snapshots(path: Path) -> list[Path]:
     return named(path, "snapshot")
 
 
+def newest_log(image: Image) -> str:
+    """The name of the newest published log in `image`."""
+    parsed = {name: oracle.parse_name(name) for name in image}
+    return max(name for name, found in parsed.items() if found and found[0] == "log")
+
+
 @dataclasses.dataclass(frozen=True)
 class Span:
     """Where a frame lies, and what its header says."""
