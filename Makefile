@@ -43,6 +43,11 @@ $(BUILT): pyproject.toml setup.py $(wildcard metastore/*.pyx metastore/*.h)
 	fi
 	@touch $@
 
+# The extras that only some verbs need: docs, bench, matrix.
+$(VENV)/.extra-%: pyproject.toml | setup
+	$(BIN)/python -m pip install --quiet -e '.[$*]'
+	@touch $@
+
 demo: setup  ## watch data go in, a process die, and everything come back
 	$(BIN)/metastore demo $(ARGS)
 
@@ -60,6 +65,13 @@ types: setup  ## mypy --strict, and the stubs held to the extensions
 
 stress: setup  ## the long campaigns: crashes, kills, faults, fuzzing
 	$(BIN)/python -m pytest -m slow --timeout 7200 -rs $(ARGS)
+
+bench: $(VENV)/.extra-bench  ## all benchmarks, into docs/performance.md (hours)
+	$(BIN)/python -m benchmarks --json benchmarks/results.json --report $(ARGS)
+
+bench-quick: setup  ## every benchmark at a hundredth of its size: does it run?
+	mkdir -p build
+	$(BIN)/python -m benchmarks --scale 0.01 --repeat 1 --peers installed $(ARGS)
 
 # A flavour of the extensions lives in a copy of the tree, so that .venv keeps the one
 # that users get. What checks the tree itself has nothing to say there.
@@ -98,12 +110,10 @@ coverage: setup  ## what the tests reach, of the extensions too
 	grep -q '_codec\.pyx' build/coverage/report.txt
 	grep -q '_merge\.pyx' build/coverage/report.txt
 
-matrix: setup  ## the tests on every Python that is installed
-	$(BIN)/python -m pip install --quiet -e '.[matrix]'
+matrix: $(VENV)/.extra-matrix  ## the tests on every Python that is installed
 	$(BIN)/nox $(ARGS)
 
-docs: setup  ## the documentation, as HTML in docs/_build
-	$(BIN)/python -m pip install --quiet -e '.[docs]'
+docs: $(VENV)/.extra-docs  ## the documentation, as HTML in docs/_build
 	$(BIN)/python -m sphinx -n -W --keep-going docs docs/_build/html
 
 clean:  ## remove everything that was built, .venv too
@@ -112,4 +122,4 @@ clean:  ## remove everything that was built, .venv too
 	rm -f metastore/*.so
 	find . -name __pycache__ -exec rm -rf {} +
 
-.PHONY: clean coverage debug demo docs help lint matrix sanitize setup stress test types
+.PHONY: bench bench-quick clean coverage debug demo docs help lint matrix sanitize setup stress test types

@@ -1043,7 +1043,7 @@ def entropy_of_sample(const uint8_t[::1] data not None):
 
 
 def constant_of(const uint8_t[::1] data not None):
-    """Return the one value that all bytes have, or -1 if they differ or it is empty."""
+    """Return the one value of all bytes, or -1 if they differ or there are none."""
     cdef Py_ssize_t size = data.shape[0]
     if size == 0 or (size > 1 and memcmp(&data[0], &data[1], size - 1) != 0):
         return -1

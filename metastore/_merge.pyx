@@ -7,15 +7,25 @@ thread-safe; offsets that do not ascend, or go beyond the user data, are refused
 ``check_offsets`` and otherwise trusted.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.string cimport memcpy
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
 
 import numpy as np
 
+cdef extern from *:
+    """
+    #define ms_clz(x) __builtin_clzll(x)
+    #define ms_prefetch(at) __builtin_prefetch(at)
+    """
+    int clz "ms_clz"(uint64_t) nogil
+    void prefetch "ms_prefetch"(const void*) nogil
+
 cdef enum:
     DIGIT_BITS = 11
-    DIGITS = 6              # of 11 bits in 64
-    BUCKETS = 1 << DIGIT_BITS
+    BUCKETS_MAX = 1 << DIGIT_BITS
+    INSERTION_MAX = 24      # fewer keys are sorted by insertion
+    KEYS_PER_BUCKET = 4     # what a digit is chosen for
+    AHEAD = 16              # records that a gather fetches ahead
 
 
 def check_offsets(const uint64_t[::1] offsets not None, uint64_t user_data_size):
@@ -43,166 +53,290 @@ def is_increasing(const uint64_t[::1] keys not None):
     return not bad
 
 
-def sort_last_wins(const uint64_t[::1] keys not None):
-    """Sort keys; of equal ones the last stays.
+def histogram(const uint64_t[::1] keys not None, int shift, int bits):
+    """Count how often each value of ``(key >> shift) & (2**bits - 1)`` occurs.
 
-    A stable radix sort from the least digit up; digits that all keys share cost
-    nothing but their count.
+    Returns
+    -------
+    ndarray of int64, shape (2**bits,)
+    """
+    _check_digit(shift, bits)
+    result = np.zeros(1 << bits, dtype=np.int64)
+    cdef int64_t[::1] counts = result
+    cdef uint64_t mask = (<uint64_t>1 << bits) - 1
+    cdef Py_ssize_t i
+    with nogil:
+        for i in range(keys.shape[0]):
+            counts[(keys[i] >> shift) & mask] += 1
+    return result
+
+
+def varying_bits(const uint64_t[::1] keys not None):
+    """Return the bits in which the keys differ, as one integer."""
+    cdef uint64_t bits = 0
+    cdef Py_ssize_t i
+    with nogil:
+        for i in range(keys.shape[0]):
+            bits |= keys[i] ^ keys[0]
+    return bits
+
+
+def scatter(
+    const uint64_t[::1] keys not None,
+    uint32_t first,
+    int shift,
+    int bits,
+    int64_t[::1] positions not None,
+    uint64_t[::1] to_keys not None,
+    uint32_t[::1] to_order not None,
+):
+    """Move keys, in order, to where their digit's next position says.
 
     Parameters
     ----------
     keys : ndarray of uint64, shape (n,)
+        A part of the keys.
+    first : int
+        The index of ``keys[0]`` among all keys; `to_order` receives such indexes.
+    shift, bits : int
+        The digit: see :func:`histogram`.
+    positions : ndarray of int64, shape (2**bits,)
+        Where the next key of each digit goes; changed.
+    to_keys, to_order : ndarray of uint64 and uint32
+        Filled at those positions.
+    """
+    cdef Py_ssize_t n = keys.shape[0], size = to_keys.shape[0]
+    cdef uint64_t mask = (<uint64_t>1 << bits) - 1
+    cdef Py_ssize_t i, at
+    cdef uint64_t digit
+    cdef bint bad = False
+    _check_digit(shift, bits)
+    if positions.shape[0] != 1 << bits or to_order.shape[0] != size:
+        raise ValueError("the arrays do not match")
+    with nogil:
+        for i in range(n):
+            digit = (keys[i] >> shift) & mask
+            at = positions[digit]
+            if at < 0 or at >= size:
+                bad = True
+                break
+            positions[digit] = at + 1
+            to_keys[at] = keys[i]
+            to_order[at] = first + i
+    if bad:
+        raise IndexError("a position is outside the arrays")
 
-    Returns
-    -------
-    sorted_keys : ndarray of uint64, shape (m,)
-        The distinct keys, ascending.
-    order : ndarray of uint32, shape (m,)
-        Where in `keys` each of them stood last.
+
+cdef int _check_digit(int shift, int bits) except -1:
+    if not (0 <= shift < 64 and 1 <= bits <= 16):
+        raise ValueError(f"no digit of {bits} bits at bit {shift}")
+    return 0
+
+
+def sort_ranges(
+    uint64_t[::1] keys not None,
+    uint32_t[::1] order not None,
+    uint64_t[::1] spare_keys not None,
+    uint32_t[::1] spare_order not None,
+    const int64_t[::1] starts not None,
+):
+    """Sort each range between two `starts` by itself, stably, in place.
+
+    The spare arrays lose their contents within the ranges.
     """
     cdef Py_ssize_t n = keys.shape[0]
-    if <uint64_t>n > 0xFFFFFFFFu:
-        raise OverflowError(f"cannot sort {n} records at once; the limit is 2**32 - 1")
-    key_buffers = np.empty((2, n), dtype=np.uint64)
-    order_buffers = np.empty((2, n), dtype=np.uint32)
-    counts_buffer = np.zeros((DIGITS, BUCKETS), dtype=np.uint64)
-    cdef uint64_t[:, ::1] key_rows = key_buffers
-    cdef uint32_t[:, ::1] order_rows = order_buffers
-    cdef uint64_t[:, ::1] counts = counts_buffer
-    cdef Py_ssize_t m
-    cdef int side
-    if n == 0:
-        return key_buffers[0], order_buffers[0]
+    cdef Py_ssize_t i, start, stop
+    if not (order.shape[0] == spare_keys.shape[0] == spare_order.shape[0] == n):
+        raise ValueError("the arrays do not match")
+    for i in range(starts.shape[0]):
+        if starts[i] < (starts[i - 1] if i else 0) or starts[i] > n:
+            raise IndexError("a range is outside the arrays")
     with nogil:
-        side = _radix_sort(keys, key_rows, order_rows, counts)
-        m = _keep_last(&key_rows[side, 0], &order_rows[side, 0], n)
-    # Copies, so that the buffers' other halves do not live on.
-    return key_buffers[side, :m].copy(), order_buffers[side, :m].copy()
+        for i in range(starts.shape[0] - 1):
+            start, stop = starts[i], starts[i + 1]
+            if stop - start > 1:
+                _sort(
+                    &keys[start], &order[start], &spare_keys[start], &spare_order[start],
+                    stop - start, True,
+                )
 
 
-cdef int _radix_sort(
-    const uint64_t[::1] keys, uint64_t[:, ::1] key_rows, uint32_t[:, ::1] order_rows,
-    uint64_t[:, ::1] counts
+cdef void _sort(
+    uint64_t* keys, uint32_t* order, uint64_t* spare_keys, uint32_t* spare_order,
+    Py_ssize_t n, bint stay
 ) noexcept nogil:
-    """Return which of the two rows holds the result."""
+    """Sort by the highest digit that varies, then each digit's keys by themselves.
+
+    The result goes back to `keys` if `stay`, else to `spare_keys`.
+    """
+    cdef uint32_t counts[BUCKETS_MAX + 1]
+    cdef uint64_t varying = 0
+    cdef uint64_t mask
+    cdef Py_ssize_t i, start, stop
+    cdef int bits = 1, shift, high
+    if n <= INSERTION_MAX:
+        _insertion_sort(keys, order, n)
+    else:
+        for i in range(n):
+            varying |= keys[i] ^ keys[0]
+    if varying == 0:
+        if not stay:
+            memcpy(spare_keys, keys, n * sizeof(uint64_t))
+            memcpy(spare_order, order, n * sizeof(uint32_t))
+        return
+    high = 64 - clz(varying)
+    while bits < DIGIT_BITS and (n >> bits) > KEYS_PER_BUCKET:
+        bits += 1
+    bits = min(bits, high)
+    shift = high - bits
+    mask = (<uint64_t>1 << bits) - 1
+    memset(counts, 0, ((1 << bits) + 1) * sizeof(uint32_t))
+    for i in range(n):
+        counts[((keys[i] >> shift) & mask) + 1] += 1
+    for i in range(1 << bits):
+        counts[i + 1] += counts[i]
+    for i in range(n):
+        start = (keys[i] >> shift) & mask
+        stop = counts[start]
+        counts[start] = stop + 1
+        spare_keys[stop] = keys[i]
+        spare_order[stop] = order[i]
+    start = 0
+    for i in range(1 << bits):  # each count is now the end of its keys
+        stop = counts[i]
+        if stop > start:
+            _sort(
+                spare_keys + start, spare_order + start, keys + start, order + start,
+                stop - start, not stay,
+            )
+        start = stop
+
+
+cdef void _insertion_sort(uint64_t* keys, uint32_t* order, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i, j
+    cdef uint64_t key
+    cdef uint32_t place
+    for i in range(1, n):
+        key = keys[i]
+        place = order[i]
+        j = i
+        while j > 0 and keys[j - 1] > key:
+            keys[j] = keys[j - 1]
+            order[j] = order[j - 1]
+            j -= 1
+        keys[j] = key
+        order[j] = place
+
+
+def keep_last(uint64_t[::1] keys not None, uint32_t[::1] order not None):
+    """Of equal neighbours keep the last, in place; return how many stay."""
     cdef Py_ssize_t n = keys.shape[0]
-    cdef Py_ssize_t i
-    cdef uint64_t key, total, count
-    cdef int digit, bucket
-    cdef int side = 0
-    for i in range(n):
-        key = keys[i]
-        key_rows[0, i] = key
-        order_rows[0, i] = i
-        for digit in range(DIGITS):
-            counts[digit, (key >> (DIGIT_BITS * digit)) & (BUCKETS - 1)] += 1
-    for digit in range(DIGITS):
-        key = (keys[0] >> (DIGIT_BITS * digit)) & (BUCKETS - 1)
-        if counts[digit, key] == <uint64_t>n:
-            continue
-        total = 0
-        for bucket in range(BUCKETS):
-            count = counts[digit, bucket]
-            counts[digit, bucket] = total
-            total += count
-        _scatter(
-            &key_rows[side, 0], &order_rows[side, 0],
-            &key_rows[1 - side, 0], &order_rows[1 - side, 0],
-            &counts[digit, 0], n, DIGIT_BITS * digit,
-        )
-        side = 1 - side
-    return side
-
-
-cdef void _scatter(
-    const uint64_t* keys, const uint32_t* order, uint64_t* to_keys, uint32_t* to_order,
-    uint64_t* positions, Py_ssize_t n, int shift
-) noexcept nogil:
-    cdef Py_ssize_t i
-    cdef uint64_t key, at
-    cdef uint64_t* position
-    for i in range(n):
-        key = keys[i]
-        position = &positions[(key >> shift) & (BUCKETS - 1)]
-        at = position[0]
-        position[0] = at + 1
-        to_keys[at] = key
-        to_order[at] = order[i]
-
-
-cdef Py_ssize_t _keep_last(
-    uint64_t* keys, uint32_t* order, Py_ssize_t n
-) noexcept nogil:
     cdef Py_ssize_t i, m = 0
-    for i in range(n):
-        keys[m] = keys[i]
-        order[m] = order[i]
-        m += i + 1 == n or keys[i + 1] != keys[i]
+    if order.shape[0] != n:
+        raise ValueError("the arrays do not match")
+    with nogil:
+        for i in range(n):
+            keys[m] = keys[i]
+            order[m] = order[i]
+            m += i + 1 == n or keys[i + 1] != keys[i]
     return m
 
 
-def gather(const uint64_t[::1] column not None, const uint32_t[::1] order not None):
-    """Return ``column[order]``, uint64."""
-    cdef Py_ssize_t n = order.shape[0]
-    result = np.empty(n, dtype=np.uint64)
-    cdef uint64_t[::1] out = result
-    cdef uint64_t size = column.shape[0]
+cdef int _check_order(const uint32_t[::1] order, uint64_t size) except -1:
     cdef Py_ssize_t i
-    cdef bint bad = False
+    cdef uint32_t greatest = 0
+    with nogil:
+        for i in range(order.shape[0]):
+            greatest = max(greatest, order[i])
+    if order.shape[0] and greatest >= size:
+        raise IndexError("the order goes beyond the records")
+    return 0
+
+
+def gather_into(
+    const uint64_t[::1] column not None,
+    const uint32_t[::1] order not None,
+    uint64_t[::1] out not None,
+):
+    """Write ``column[order]`` to `out`."""
+    cdef Py_ssize_t n = order.shape[0]
+    cdef Py_ssize_t i
+    _check_order(order, column.shape[0])
+    if out.shape[0] != n:
+        raise ValueError("the arrays do not match")
     with nogil:
         for i in range(n):
-            if order[i] >= size:
-                bad = True
-                break
+            if i + AHEAD < n:
+                prefetch(&column[order[i + AHEAD]])
             out[i] = column[order[i]]
-    if bad:
-        raise IndexError("order goes beyond the column")
-    return result
 
 
-def gather_user_data(
+def gather_ends(
+    const uint64_t[::1] offsets not None,
+    const uint32_t[::1] order not None,
+    uint64_t[::1] ends not None,
+):
+    """Write where each record of `order` ends when they stand back to back from 0."""
+    cdef Py_ssize_t n = order.shape[0]
+    cdef uint64_t total = 0
+    cdef Py_ssize_t i
+    _check_order(order, offsets.shape[0] - 1)
+    if ends.shape[0] != n:
+        raise ValueError("the arrays do not match")
+    with nogil:
+        for i in range(n):
+            if i + AHEAD < n:
+                prefetch(&offsets[order[i + AHEAD]])
+            total += offsets[order[i] + 1] - offsets[order[i]]
+            ends[i] = total
+
+
+def gather_bytes_into(
     const uint64_t[::1] offsets not None,
     const uint8_t[::1] user_data not None,
     const uint32_t[::1] order not None,
+    uint8_t[::1] out not None,
 ):
-    """Return offsets and user data of the records in `order`."""
+    """Write the user data of the records of `order` to `out`, back to back."""
     cdef Py_ssize_t n = order.shape[0]
-    cdef uint64_t size = offsets.shape[0] - 1
-    new_offsets = np.empty(n + 1, dtype=np.uint64)
-    cdef uint64_t[::1] ends = new_offsets
-    cdef uint64_t total = 0
+    cdef uint64_t at = 0, size = out.shape[0]
+    cdef uint64_t start, length
     cdef Py_ssize_t i
     cdef bint bad = False
-    ends[0] = 0
+    _check_order(order, offsets.shape[0] - 1)
+    if <uint64_t>user_data.shape[0] < offsets[offsets.shape[0] - 1]:
+        raise ValueError("offsets go beyond the user data")
     with nogil:
         for i in range(n):
-            if order[i] >= size:
+            start = offsets[order[i]]
+            length = offsets[order[i] + 1] - start
+            if length > size - at:
                 bad = True
                 break
-            total += offsets[order[i] + 1] - offsets[order[i]]
-            ends[i + 1] = total
-    if bad:
-        raise IndexError("order goes beyond the columns")
-    new_user_data = np.empty(total, dtype=np.uint8)
-    cdef uint8_t[::1] out = new_user_data
-    if total:
-        with nogil:
-            _gather_bytes(offsets, &user_data[0], order, ends, &out[0])
-    return new_offsets, new_user_data
+            if i + AHEAD < n:
+                prefetch(&offsets[order[i + AHEAD]])
+            if length == 8:  # the common size, without a call
+                memcpy(&out[at], &user_data[start], 8)
+            elif length:
+                memcpy(&out[at], &user_data[start], length)
+            at += length
+    if bad or at != size:
+        raise ValueError("the output has another size than the records")
 
 
-cdef void _gather_bytes(
-    const uint64_t[::1] offsets, const uint8_t* user_data, const uint32_t[::1] order,
-    const uint64_t[::1] ends, uint8_t* out
-) noexcept nogil:
+def common_length(const uint64_t[::1] offsets not None):
+    """Return the length that all records have, or -1 if they differ or there are none."""
+    cdef Py_ssize_t n = offsets.shape[0] - 1
     cdef Py_ssize_t i
     cdef uint64_t length
-    for i in range(order.shape[0]):
-        length = ends[i + 1] - ends[i]
-        if length == 8:  # the common size, without a call
-            memcpy(out + ends[i], user_data + offsets[order[i]], 8)
-        elif length:
-            memcpy(out + ends[i], user_data + offsets[order[i]], length)
+    cdef bint bad = False
+    if n < 1:
+        return -1
+    length = offsets[1] - offsets[0]
+    with nogil:
+        for i in range(1, n + 1):
+            bad |= offsets[i] - offsets[i - 1] != length
+    return -1 if bad else length
 
 
 cdef Py_ssize_t _lower_bound(

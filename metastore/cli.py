@@ -69,7 +69,7 @@ def _overview_lines(found: Overview) -> Iterator[str]:
     store_id = found.store_id.hex() if found.store_id else "not given yet"
     yield f"store       {store_id}, format version {FORMAT_VERSION}"
     yield f"lock        {_holder(found.holder_pid)}"
-    rows = [("file", "number", "bytes", "batches", "records", "state", "created")]
+    rows = [["file", "number", "bytes", "batches", "records", "state", "created"]]
     rows += map(_facts_row, found.files)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -78,13 +78,13 @@ def _overview_lines(found: Overview) -> Iterator[str]:
     yield from _listing_lines(found.listing.temporaries, found.listing.unknown)
     if found.n_quarantined:
         yield (
-            f"quarantine  {found.n_quarantined:,} files, "
+            f"quarantine  {demo.counted(found.n_quarantined, 'file')}, "
             f"{found.quarantined_size:,} bytes"
         )
 
 
-def _facts_row(facts: FileFacts) -> tuple[str, ...]:
-    return (
+def _facts_row(facts: FileFacts) -> list[str]:
+    return [
         str(facts.name),
         str(facts.name.number),
         f"{facts.size:,}",
@@ -92,7 +92,7 @@ def _facts_row(facts: FileFacts) -> tuple[str, ...]:
         "" if facts.n_records is None else f"{facts.n_records:,}",
         facts.state,
         "" if facts.created_ns is None else _time(facts.created_ns),
-    )
+    ]
 
 
 def _batches(first: int | None, last: int | None) -> str:
@@ -250,79 +250,83 @@ def _number(least: int) -> Callable[[str], int]:
     return number
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="metastore",
-        description="A durable map for storage engines in Python: look into a store's "
-        "directory, or watch one survive a killed process.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+class _Commands:
+    """Adds commands to a parser, all of them in one shape."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self._commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(
+        self,
         name: str,
         run: Callable[[argparse.Namespace], int],
         help_line: str,
-        examples: str,
+        *examples: str,
     ) -> argparse.ArgumentParser:
-        command = commands.add_parser(
+        """Add a command and return it for its arguments."""
+        listed = "\n".join(
+            f"  metastore {name} {example}".rstrip() for example in examples
+        )
+        command = self._commands.add_parser(
             name,
             help=help_line,
-            description=help_line[0].upper() + help_line[1:] + ".",
-            epilog=f"examples:\n{examples}\n\n{_EPILOG}",
+            description=f"{help_line[0].upper()}{help_line[1:]}.",
+            epilog=f"examples:\n{listed}\n\n{_EPILOG}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(run=run)
         return command
 
-    def add_on_store(
-        name: str,
-        run: Callable[[argparse.Namespace], int],
-        help_line: str,
-        examples: str,
-    ) -> argparse.ArgumentParser:
-        command = add(name, run, help_line, examples)
-        command.add_argument("directory", metavar="DIR", help="the store's directory")
-        return command
 
-    add_on_store(
-        "info",
-        _info,
-        "list the files of a store, without reading its records",
-        "  metastore info db",
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="metastore",
+        description="A durable map for storage engines in Python: look into a store's\n"
+        "directory, or watch one survive a killed process.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verify = add_on_store(
-        "verify",
-        _verify,
-        "read everything in a store and say of each file what was checked",
-        "  metastore verify db\n  metastore verify --json db | jq .sound",
-    )
-    verify.add_argument("--json", action="store_true", help="print one JSON object")
-    dump = add_on_store(
-        "dump",
-        _dump,
-        "print the records, sorted by key, as lines of key, value, user data in hex",
-        "  metastore dump db\n  metastore dump --json --limit 10 db",
-    )
-    dump.add_argument(
-        "--json", action="store_true", help="print one JSON object a line"
-    )
-    dump.add_argument(
-        "--limit", type=_number(0), metavar="N", help="stop after N records"
-    )
-    _add_demo_arguments(
-        add(
-            "demo",
-            _demo,
-            "store real files, kill the process that does it, and compare every byte",
-            "  metastore demo\n  metastore demo --kills 5 --threads 16 /usr/share",
-        )
-    )
+    commands = _Commands(parser)
+    _add_looks(commands)
+    _add_demo(commands)
     return parser
 
 
-def _add_demo_arguments(command: argparse.ArgumentParser) -> None:
+def _add_looks(commands: _Commands) -> None:
+    info = commands.add(
+        "info", _info, "list the files of a store, without reading its records", "db"
+    )
+    verify = commands.add(
+        "verify",
+        _verify,
+        "read everything in a store and say of each file what was checked",
+        "db",
+        "--json db | jq .sound",
+    )
+    verify.add_argument("--json", action="store_true", help="print one JSON object")
+    dump = commands.add(
+        "dump",
+        _dump,
+        "print the records, sorted by key: key, value and user data in hex",
+        "db",
+        "--json --limit 10 db",
+    )
+    dump.add_argument("--json", action="store_true", help="print a JSON object a line")
+    dump.add_argument(
+        "--limit", type=_number(0), metavar="N", help="stop after N records"
+    )
+    for command in (info, verify, dump):
+        command.add_argument("directory", metavar="DIR", help="the store's directory")
+
+
+def _add_demo(commands: _Commands) -> None:
+    command = commands.add(
+        "demo",
+        _demo,
+        "store real files, kill the process that does it, and compare every byte",
+        "",
+        "--kills 5 --threads 16 /usr/share",
+    )
     command.add_argument(
         "tree",
         metavar="TREE",
@@ -356,7 +360,7 @@ def _add_demo_arguments(command: argparse.ArgumentParser) -> None:
         "--seed",
         type=_number(0),
         metavar="N",
-        help="kill at the moments that an earlier run printed this seed for",
+        help="kill where the run that printed this seed did",
     )
 
 

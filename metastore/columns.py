@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -25,13 +25,17 @@ __all__ = [
 ]
 
 Uint64s = npt.NDArray[np.uint64]
+Uint32s = npt.NDArray[np.uint32]
 Uint8s = npt.NDArray[np.uint8]
 Record = tuple[int, int, bytes]
 
 #: Iteration converts this many records at a time.
 _ITERATION_RECORDS = 16_384
-#: Below this many records a merge is not worth a second thread.
-_MERGE_RECORDS_PER_THREAD = 1 << 16
+#: Below this many records a job is not worth a second thread.
+_RECORDS_PER_THREAD = 1 << 16
+#: The first digit of the sort, in bits; an index of a record has 32.
+_SORT_BITS = 11
+_SORT_RECORDS_MAX = 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -153,16 +157,103 @@ def _joined_offsets(offsets: list[Uint64s]) -> Uint64s:
     return joined
 
 
-def sort_last_wins(columns: Columns) -> Columns:
-    """Return records sorted by key; of equal keys the last stays, tombstones too."""
+def sort_last_wins(columns: Columns, threads: int = 1) -> Columns:
+    """Return the records sorted by key; of equal keys the last stays, tombstones too.
+
+    A radix sort of keys with their places, from the highest digit that varies down,
+    then one gather per column. Threads share both by ranges.
+    """
     if _merge.is_increasing(columns.keys):
         return columns
-    keys, order = _merge.sort_last_wins(columns.keys)
-    values = _merge.gather(columns.values, order)
-    offsets, user_data = _merge.gather_user_data(
-        columns.offsets, columns.user_data, order
+    keys, order = _sorted_keys(columns.keys, threads)
+    cuts = _ranges(len(keys), threads)
+    values = np.empty(len(keys), dtype=np.uint64)
+    _each(
+        lambda a, b: _merge.gather_into(columns.values, order[a:b], values[a:b]), cuts
     )
+    offsets, user_data = _gather_user_data(columns, order, cuts)
     return Columns(keys, values, offsets, user_data)
+
+
+def _ranges(n: int, threads: int) -> list[tuple[int, int]]:
+    """Cut ``range(n)`` into as many parts as are worth a thread each."""
+    parts = min(threads, 1 + n // _RECORDS_PER_THREAD)
+    return [(n * i // parts, n * (i + 1) // parts) for i in range(parts)]
+
+
+def _each(
+    function: Callable[[int, int], None], ranges: Sequence[tuple[int, int]]
+) -> None:
+    for _ in ordered_map(lambda cut: function(*cut), ranges, len(ranges)):
+        pass
+
+
+def _sorted_keys(keys: Uint64s, threads: int) -> tuple[Uint64s, Uint32s]:
+    """Return the distinct keys ascending, and where each stood last."""
+    n = len(keys)
+    if n > _SORT_RECORDS_MAX:
+        raise OverflowError(f"cannot sort {n} records of logs at once; compact earlier")
+    varying = _merge.varying_bits(keys)
+    bits = min(_SORT_BITS, max(1, varying.bit_length()))
+    shift = max(0, varying.bit_length() - bits)
+    ranges = _ranges(n, threads)
+    counts = np.array(
+        list(
+            ordered_map(
+                lambda cut: _merge.histogram(keys[cut[0] : cut[1]], shift, bits),
+                ranges,
+                len(ranges),
+            )
+        )
+    )
+    starts = np.concatenate([[0], np.cumsum(counts.sum(axis=0))])
+    # Each part's keys of a digit stand behind those of the parts before it.
+    positions = starts[:-1] + np.cumsum(counts, axis=0) - counts
+    sorted_keys, order = np.empty(n, dtype=np.uint64), np.empty(n, dtype=np.uint32)
+
+    def scatter(part: int) -> None:
+        start, stop = ranges[part]
+        digits = keys[start:stop], start, shift, bits
+        _merge.scatter(*digits, positions[part], sorted_keys, order)
+
+    for _ in ordered_map(scatter, range(len(ranges)), len(ranges)):
+        pass
+    spare = np.empty(n, dtype=np.uint64), np.empty(n, dtype=np.uint32)
+    digit_cuts = np.searchsorted(starts, [stop for _, stop in ranges[:-1]]).tolist()
+    digit_ranges = list(itertools.pairwise([0, *digit_cuts, len(starts) - 1]))
+    _each(
+        lambda a, b: _merge.sort_ranges(sorted_keys, order, *spare, starts[a : b + 1]),
+        digit_ranges,
+    )
+    m = _merge.keep_last(sorted_keys, order)
+    return sorted_keys[:m], order[:m]
+
+
+def _gather_user_data(
+    columns: Columns, order: Uint32s, cuts: Sequence[tuple[int, int]]
+) -> tuple[Uint64s, Uint8s]:
+    m = len(order)
+    start = int(columns.offsets[0])
+    length = _merge.common_length(columns.offsets)
+    if length in (0, 8):  # no need to look up where each record's data lies
+        offsets = np.arange(m + 1, dtype=np.uint64)
+        offsets *= np.uint64(length)
+        data = columns.user_data[start : start + length * len(columns)]
+        words = np.empty(m * length // 8, dtype=np.uint64)
+        if length:
+            source = np.ascontiguousarray(data).view(np.uint64)
+            _each(lambda a, b: _merge.gather_into(source, order[a:b], words[a:b]), cuts)
+        return offsets, words.view(np.uint8)
+    offsets = np.zeros(m + 1, dtype=np.uint64)
+    _merge.gather_ends(columns.offsets, order, offsets[1:])
+    user_data = np.empty(int(offsets[-1]), dtype=np.uint8)
+
+    def gather(a: int, b: int) -> None:
+        out = user_data[int(offsets[a]) : int(offsets[b])]
+        _merge.gather_bytes_into(columns.offsets, columns.user_data, order[a:b], out)
+
+    _each(gather, cuts)
+    return offsets, user_data
 
 
 def merge(old: Columns, new: Columns, threads: int = 1) -> Columns:
@@ -171,7 +262,7 @@ def merge(old: Columns, new: Columns, threads: int = 1) -> Columns:
         return old
     if len(old) == 0 and new.offsets[0] == 0 and bool(new.values.all()):
         return new
-    n_ranges = min(threads, 1 + (len(old) + len(new)) // _MERGE_RECORDS_PER_THREAD)
+    n_ranges = min(threads, 1 + (len(old) + len(new)) // _RECORDS_PER_THREAD)
     longer = new if len(new) > len(old) else old
     cuts = [longer.keys[len(longer) * i // n_ranges] for i in range(1, n_ranges)]
     old_cuts = [0, *np.searchsorted(old.keys, cuts).tolist(), len(old)]

@@ -230,7 +230,7 @@ def _read_run(
         if content.damage is not None:
             raise content.damage
         parts += content.parts
-    return sort_last_wins(concatenate(parts))
+    return sort_last_wins(concatenate(parts), threads)
 
 
 def _write_jobs(

@@ -82,7 +82,7 @@ def work(directory: str, tree: str, threads: int, batch_files: int) -> None:
         missing = [
             (number, path)
             for number, path in enumerate(paths)
-            if file_key(path) not in recovered
+            if recovered.get(file_key(path)) is None
         ]
         heap = Heap(directory)
         worker = _Worker(store, heap, os.fsencode(tree))

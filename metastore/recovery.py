@@ -304,7 +304,7 @@ def read(
     finally:
         for file in files.values():
             file.close()
-    run = sort_last_wins(concatenate(parts))
+    run = sort_last_wins(concatenate(parts), threads)
     content.columns = merge(old, run, threads)
     counter.add(total)
     return content

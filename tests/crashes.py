@@ -294,5 +294,5 @@ def whole_digest(disk: Disk) -> bytes:
             found.update(b"%d %d " % (write.offset, write.size) + write.data)
     for change in disk.changes:
         for at in (*change.links, *change.unlinks):
-            found.update(at.name.encode() + b"\0")
+            found.update(at.name.encode() + b"\0%d" % change.lost)
     return found.digest()

@@ -840,6 +840,17 @@ def last_wins(content: dict[int, tuple[int, bytes]], records: Iterable[Record]) 
             content.pop(key, None)
 
 
+def check_contained(
+    found: dict[str, dict[int, bytes]], contained: int, last: int
+) -> None:
+    """Check that files up to a snapshot's number begin within what it contains."""
+    for kind, reach in (("snapshot", last), ("log", last + 1)):
+        for number, data in found[kind].items():
+            if number <= contained:
+                first = read_file_header(data, kind, number).sequence
+                require(first <= reach, 40, "not contained in the newest snapshot")
+
+
 def read_store(files: dict[str, bytes]) -> tuple[dict[int, tuple[int, bytes]], int]:
     """Return the content of a whole directory and its last sequence.
 
@@ -862,6 +873,7 @@ def read_store(files: dict[str, bytes]) -> tuple[dict[int, tuple[int, bytes]], i
         snapshot = read_snapshot(found["snapshot"][contained], contained)
         last_wins(content, snapshot.records)
         last = snapshot.header.sequence
+        check_contained(found, contained, last)
     numbers = sorted(number for number in found["log"] if number > contained)
     for number, after in itertools.zip_longest(numbers, numbers[1:]):
         data = found["log"][number]

@@ -244,7 +244,7 @@ def test_13_a_kill_at_any_moment_of_a_recovery():
     torn = open_image(disk.live_image(), numbered(3, 6))
     name = newest_log(torn)
     last = batches_in(torn[name])[-1]
-    torn[name] = oracle.put(torn[name], last.end - 8, b"torn off")
+    torn[name] = oracle.put(torn[name], last.end - 16, b"torn off")
     disk = Disk(torn)
     images = every_moment(disk)
     store, recovered = recover_on(disk)

@@ -5,21 +5,26 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+import shutil
 import struct
 from collections.abc import Sequence
+from pathlib import Path
+from unittest import mock
 
 import crc32c
 import numpy as np
 import pytest
 import zstandard
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import oracle
 import strategies
-from metastore import _codec, _merge, columns, frames
+from metastore import MetadataStore, _codec, _merge, columns, frames, log, recovery
 from metastore import format as layouts
 from metastore.columns import Columns
+from metastore.directory import Directory
+from metastore.errors import CorruptionError, FormatVersionError
 
 STORE_ID = bytes(range(16))
 LOG = oracle.FileHeader("log", STORE_ID, 3, 1)
@@ -162,12 +167,12 @@ def test_every_form_of_packing_is_written(rng: random.Random) -> None:
         records = strategies.shaped_records(rng, 300, *shape)
         frame = frames.encode(_codec.KIND_BLOCK, to_columns(records), LEVEL)
         found |= forms_of(bytes(frame))
-    numbers = {"none", "delta", "planes", "constant", "raw", "zstd"}
-    assert found == {
-        *(("keys", form) for form in numbers),
-        *(("values", form) for form in {*numbers, "whole"}),
-        *(("lengths", form) for form in ("none", "planes", "constant", "zstd")),
-        *(("user data", form) for form in ("none", "planes", "whole")),
+    assert found >= {
+        *(("keys", form) for form in ("delta", "planes", "zstd")),
+        *(("values", form) for form in ("none", "delta", "planes", "whole")),
+        *(("values", form) for form in ("constant", "raw", "zstd")),
+        *(("lengths", form) for form in ("planes", "constant", "zstd")),
+        *(("user data", form) for form in ("planes", "whole")),
         *(("user data", form) for form in ("constant", "raw", "zstd")),
     }
 
@@ -218,17 +223,17 @@ def test_metastore_scans_many_frames(
     view = memoryview(bytes(shift) + data)[shift:]
     table = frames.new_table(len(batches) + 2)
     n, offset, status = _codec.scan_frames(view, 64, LOG.seed, 1, table)
-    log = oracle.read_log(data, 3, newest=True)
+    whole = oracle.read_log(data, 3, newest=True)
     assert n == len(batches)
-    assert table[:n, _codec.ROW_OFFSET].tolist() == [b.offset for b in log.batches]
+    assert table[:n, _codec.ROW_OFFSET].tolist() == [b.offset for b in whole.batches]
     sizes = [len(batch) for batch in batches]
     assert table[:n, _codec.ROW_RECORDS].tolist() == sizes
     if sealed:
-        assert log.end is not None
-        assert (offset, status) == (log.end.offset, _codec.SCAN_SEALED)
+        assert whole.end is not None
+        assert (offset, status) == (whole.end.offset, _codec.SCAN_SEALED)
         assert int(table[n, _codec.ROW_OFFSET]) == offset
     else:
-        assert offset == log.content_size
+        assert offset == whole.content_size
         assert status == _codec.STATUS_BAD_HEADER
     found, decoded, _ = frames.decode(view, table[:n])
     assert decoded == n
@@ -494,6 +499,331 @@ def test_cut_and_flipped_frames_are_refused(name: str) -> None:
         assert metastore_reads(data[:size]) is None
     for offset in range(len(data)):
         assert metastore_reads(oracle.flip_bit(data, offset, offset % 8)) is None
+
+
+# Whole directories, forged: the same content, or refused by both
+
+
+FIRST_BLOCK, SECOND_BLOCK = SORTED[:32], SORTED[32:]
+BATCHES = [
+    [(7, 4096, b"heap-0"), (20, 0, b"")],
+    [(21, 1, b""), (21, 2, b"again")],
+    SORTED[:3],
+    [(20, 5, b"back"), (7, 0, b"")],
+    [],
+]
+SNAPSHOT_NAME = oracle.file_name("snapshot", 2)
+SEALED_NAME = oracle.file_name("log", 3)
+OPEN_NAME = oracle.file_name("log", 7)
+Files = dict[str, bytes]
+
+
+def store_files() -> Files:
+    """A snapshot of two blocks, a sealed log, and an open one of a later number."""
+    packed = oracle.pack_packed(SECOND_BLOCK)
+    return {
+        SNAPSHOT_NAME: oracle.write_snapshot(STORE_ID, 2, 9, [FIRST_BLOCK, packed]),
+        SEALED_NAME: oracle.write_log(STORE_ID, 3, 10, BATCHES[:2], n_zeros=40),
+        OPEN_NAME: oracle.write_log(
+            STORE_ID, 7, 12, BATCHES[2:], sealed=False, n_zeros=200
+        ),
+    }
+
+
+def oracle_outcome(files: Files) -> object:
+    """Content and last sequence, or how the oracle refuses."""
+    try:
+        return oracle.read_store(files)
+    except oracle.OracleVersionError:
+        return "another version"
+    except oracle.OracleError:
+        return "corrupt"
+
+
+def metastore_outcome(files: Files, directory: Path) -> object:
+    """The same of metastore."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    for name, data in files.items():
+        (directory / name).write_bytes(data)
+    found = recovery.inspect(Directory.open_existing(str(directory)))
+    if found.damage is None:
+        assert found.recovered is not None
+        content = {key: (value, data) for key, value, data in found.recovered}
+        return content, found.recovered.report.sequence
+    if isinstance(found.damage, FormatVersionError):
+        return "another version"
+    assert isinstance(found.damage, CorruptionError)
+    assert found.damage.path.startswith(str(directory))
+    assert found.damage.offset >= 0
+    assert found.damage.reason
+    return "corrupt"
+
+
+def changed(name: str, data: bytes) -> Files:
+    return {**store_files(), name: data}
+
+
+def test_whole_store_is_read_alike(tmp_path: Path) -> None:
+    files = store_files()
+    expected: dict[int, tuple[int, bytes]] = {}
+    for records in (SORTED, *BATCHES):
+        oracle.last_wins(expected, records)
+    assert oracle_outcome(files) == (expected, 14)
+    assert metastore_outcome(files, tmp_path / "db") == (expected, 14)
+    store, recovered = MetadataStore.recover(tmp_path / "db")
+    with store:
+        assert {key: rest for key, *rest in recovered} == {
+            key: [*found] for key, found in expected.items()
+        }
+
+
+@pytest.mark.parametrize("name", [SNAPSHOT_NAME, SEALED_NAME, OPEN_NAME])
+@pytest.mark.parametrize("field", oracle.FILE_FIELDS)
+def test_forged_file_header(name: str, field: str, tmp_path: Path) -> None:
+    data = store_files()[name]
+    size = struct.calcsize(oracle.FILE_FIELDS[field][1])
+    numbers = (0, 1, 2, 3, 9, 10, 12, 13, 255)
+    if size == 8:
+        numbers += (2**63 - 1, 2**63, 2**64 - 1)
+    for number in numbers:
+        value = number.to_bytes(size, "little")
+        forged = oracle.put(data, oracle.FILE_FIELDS[field][0], value)
+        if field != "checksum":
+            forged = oracle.fix_file_header(forged)
+        files = changed(name, forged)
+        found = metastore_outcome(files, tmp_path / "db")
+        assert found == oracle_outcome(files), number
+        if field in ("version", "flags") and forged != data:
+            assert found == "another version"
+
+
+@pytest.mark.parametrize("frame", [0, 1, 2])
+@pytest.mark.parametrize("name", [SNAPSHOT_NAME, SEALED_NAME, OPEN_NAME])
+def test_forged_frames_of_a_store(name: str, frame: int, tmp_path: Path) -> None:
+    data = store_files()[name]
+    offset = oracle.frame_offsets(data)[frame]
+    for field, (_, form) in oracle.FRAME_FIELDS.items():
+        if field == "checksum":
+            continue
+        now = oracle.get_field(data, offset, field)
+        numbers = {0, 1, 2, 3, 9, 10, 12, now - 1, now + 1, now + 8, 2**31, 2**64 - 1}
+        for number in sorted(numbers):
+            if 0 <= number < 256 ** struct.calcsize(form):
+                forged = oracle.forge(data, offset, field, number)
+                files = changed(name, forged)
+                found = metastore_outcome(files, tmp_path / "db")
+                assert found == oracle_outcome(files), (field, number)
+
+
+BAD_BLOCKS = {
+    "no record": [FIRST_BLOCK[:-1], [], SECOND_BLOCK],
+    "tombstone": [[*FIRST_BLOCK[:5], (15, 0, b"")], SECOND_BLOCK],
+    "repeated key": [[*FIRST_BLOCK, FIRST_BLOCK[-1]], SECOND_BLOCK],
+    "falling key": [[FIRST_BLOCK[1], FIRST_BLOCK[0]], SECOND_BLOCK],
+    "falling blocks": [SECOND_BLOCK, FIRST_BLOCK],
+    "overlapping blocks": [FIRST_BLOCK, FIRST_BLOCK[-1:], SECOND_BLOCK],
+}
+
+
+@pytest.mark.parametrize("name", BAD_BLOCKS)
+def test_bad_blocks_are_refused(name: str, tmp_path: Path) -> None:
+    for pack in (oracle.pack_plain, oracle.pack_packed):
+        blocks = []
+        for records in BAD_BLOCKS[name]:
+            if records:
+                blocks.append(pack(records))
+            else:
+                blocks.append(oracle.pack_plain([]))
+        files = changed(SNAPSHOT_NAME, forged_snapshot(blocks))
+        assert oracle_outcome(files) == "corrupt"
+        assert metastore_outcome(files, tmp_path / "db") == "corrupt"
+
+
+def forged_snapshot(blocks: list[oracle.Payload]) -> bytes:
+    """A snapshot around blocks that may be invalid; the rest of it agrees with them."""
+    header = oracle.FileHeader("snapshot", STORE_ID, 2, 9)
+    data = header.pack()
+    found = []
+    for payload in blocks:
+        stored = oracle.pack_frame(header.seed, oracle.BLOCK, payload)
+        own = struct.unpack_from("<I", stored)[0]
+        # The index of a block without records needs a key: any between its neighbours.
+        records = oracle.unpack_payload(payload) or [(41, 1, b"")]
+        frame = oracle.Frame(len(data), oracle.BLOCK, 0, 0, payload, own, records)
+        found.append(frame)
+        data += stored
+    index = oracle.pack_index(found)
+    end = oracle.pack_frame(header.seed, oracle.END, index, sequence=9)
+    return data + end + oracle.pack_trailer(header.seed, len(data), len(end))
+
+
+def test_forged_index(tmp_path: Path) -> None:
+    data = store_files()[SNAPSHOT_NAME]
+    end = oracle.frame_offsets(data)[-1]
+    for offset in range(end + 48, end + 48 + 16 + 2 * 40, 4):
+        for change in (1, 8, 2**31):
+            number = struct.unpack_from("<I", data, offset)[0] ^ change
+            forged = oracle.put(data, offset, struct.pack("<I", number))
+            files = changed(SNAPSHOT_NAME, oracle.fix_payload_checksum(forged, end))
+            assert oracle_outcome(files) == "corrupt"
+            assert metastore_outcome(files, tmp_path / "db") == "corrupt", offset
+
+
+def test_forged_trailer(tmp_path: Path) -> None:
+    data = store_files()[SNAPSHOT_NAME]
+    at = len(data) - oracle.TRAILER.size
+    for offset in range(at, at + 28, 4):
+        for change in (1, 8, 64, 2**31):
+            number = struct.unpack_from("<I", data, offset)[0] ^ change
+            forged = oracle.put(data, offset, struct.pack("<I", number))
+            files = changed(SNAPSHOT_NAME, oracle.fix_trailer(forged))
+            assert oracle_outcome(files) == "corrupt"
+            assert metastore_outcome(files, tmp_path / "db") == "corrupt", offset
+    end_offset, end_size = struct.unpack_from("<QQ", data, at + 8)
+    for offset, size in (
+        (end_offset - 8, end_size + 8),
+        (end_offset + 8, end_size - 8),
+        (end_offset + 1, end_size - 1),
+        (at, 0),
+        (64, at - 64),
+        (0, at),
+        (2**64 - 8, at + 8),
+    ):
+        forged = oracle.put(data, at + 8, struct.pack("<QQ", offset, size))
+        files = changed(SNAPSHOT_NAME, oracle.fix_trailer(forged))
+        assert oracle_outcome(files) == "corrupt"
+        assert metastore_outcome(files, tmp_path / "db") == "corrupt", offset
+
+
+def test_snapshot_without_blocks(tmp_path: Path) -> None:
+    for sequence in (0, 9):
+        data = oracle.write_snapshot(STORE_ID, 2, sequence, [])
+        files = {SNAPSHOT_NAME: data}
+        assert oracle_outcome(files) == ({}, sequence)
+        assert metastore_outcome(files, tmp_path / "db") == ({}, sequence)
+        for cut in range(len(data)):
+            files = {SNAPSHOT_NAME: data[:cut]}
+            assert metastore_outcome(files, tmp_path / "db") == "corrupt"
+
+
+def test_names_decide_alike(tmp_path: Path) -> None:
+    files = store_files()
+    open_log = files[OPEN_NAME]
+    for name in (
+        "log_0000000000000007.tmp",
+        "log_000000000000000A",
+        "log_000000000000008",
+        "log_00000000000000008",
+        "log_0000000000000008.bak",
+        "Log_0000000000000008",
+        "log_0000000000000000",
+        "log_8000000000000000",
+        "snapshot_zz",
+        "snapshot_0000000000000009.tmp",
+    ):
+        more = {**files, name: open_log}
+        found = metastore_outcome(more, tmp_path / "db")
+        assert found == oracle_outcome(more) == oracle_outcome(files), name
+    for name in files:
+        fewer = {other: data for other, data in files.items() if other != name}
+        found = metastore_outcome(fewer, tmp_path / "db")
+        assert found == oracle_outcome(fewer), name
+        assert (found == "corrupt") == (name != OPEN_NAME)
+
+
+def test_contained_files_are_checked_alike(tmp_path: Path) -> None:
+    older_log = oracle.write_log(STORE_ID, 1, 8, BATCHES[:2])
+    older_snapshot = oracle.write_snapshot(STORE_ID, 1, 7, [FIRST_BLOCK])
+    for name, data in (
+        (oracle.file_name("log", 1), older_log),
+        (oracle.file_name("snapshot", 1), older_snapshot),
+    ):
+        files = changed(name, data)
+        assert oracle_outcome(files) == oracle_outcome(store_files())
+        assert metastore_outcome(files, tmp_path / "db") == oracle_outcome(files)
+        for field, value in (("sequence", 11), ("store_id", b"another store id")):
+            forged = oracle.fix_file_header(oracle.set_file_field(data, field, value))
+            files = changed(name, forged)
+            assert oracle_outcome(files) == "corrupt"
+            assert metastore_outcome(files, tmp_path / "db") == "corrupt"
+
+
+def change_store(data: st.DataObject, files: Files) -> Files:
+    """Damage or forge one thing in a store."""
+    name = data.draw(st.sampled_from(sorted(files)))
+    stored = files[name]
+    if not stored:
+        return files
+    what = data.draw(st.sampled_from(["byte", "cut", "grow", "field", "payload"]))
+    if what == "byte":
+        at = data.draw(st.integers(0, len(stored) - 1))
+        stored = oracle.set_byte(stored, at, data.draw(st.integers(0, 255)))
+    elif what == "cut":
+        stored = oracle.truncate(stored, data.draw(st.integers(0, len(stored))))
+    elif what == "grow":
+        stored += data.draw(st.sampled_from([b"\0", bytes(48), b"x", stored[-96:]]))
+    else:
+        offsets = oracle.frame_offsets(store_files()[name])
+        offset = data.draw(st.sampled_from(offsets))
+        end = offset + 48
+        if what == "payload" and end < len(stored):
+            at = data.draw(st.integers(end, min(len(stored), end + 300) - 1))
+            stored = oracle.set_byte(stored, at, data.draw(st.integers(0, 255)))
+            stored = oracle.fix_payload_checksum(stored, offset)
+        elif what == "field" and end <= len(stored):
+            field = data.draw(st.sampled_from(sorted(oracle.FRAME_FIELDS)[1:]))
+            form = oracle.FRAME_FIELDS[field][1]
+            number = data.draw(st.integers(0, 256 ** struct.calcsize(form) - 1))
+            stored = oracle.forge(stored, offset, field, number % 20)
+    return {**files, name: stored}
+
+
+with_tmp_path = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100
+)
+
+
+@pytest.mark.parametrize("window_size", [64, 200, log._WINDOW_SIZE])
+@with_tmp_path
+@given(data=st.data())
+def test_changed_stores_are_judged_alike(
+    window_size: int, data: st.DataObject, tmp_path: Path
+) -> None:
+    files = store_files()
+    for _ in range(data.draw(st.integers(1, 2))):
+        files = change_store(data, files)
+    expected = oracle_outcome(files)
+    # In small windows every frame is cut somewhere, and none may be judged by that.
+    with mock.patch.multiple(log, _WINDOW_SIZE=window_size, _WINDOW_FRAMES=2):
+        assert metastore_outcome(files, tmp_path / "db") == expected
+
+
+@settings(with_tmp_path, max_examples=30)
+@given(
+    blocks=strategies.snapshots(),
+    batches=st.lists(st.lists(strategies.batches(), max_size=3), max_size=3),
+    choices=strategies.choices,
+)
+def test_stores_of_the_oracle_are_read(
+    blocks: list[Records],
+    batches: list[list[Records]],
+    choices: tuple[oracle.ColumnChoice, ...],
+    tmp_path: Path,
+) -> None:
+    packed = [oracle.pack_packed(block, choices) for block in blocks]
+    files = {SNAPSHOT_NAME: oracle.write_snapshot(STORE_ID, 2, 4, packed)}
+    sequence = 5
+    for number, some in enumerate(batches, 3):
+        name = oracle.file_name("log", number)
+        sealed = number % 2 == 0
+        files[name] = oracle.write_log(STORE_ID, number, sequence, some, sealed=sealed)
+        sequence += len(some)
+    expected: dict[int, tuple[int, bytes]] = {}
+    for records in (*blocks, *itertools.chain(*batches)):
+        oracle.last_wins(expected, records)
+    assert oracle_outcome(files) == (expected, sequence - 1)
+    assert metastore_outcome(files, tmp_path / "db") == (expected, sequence - 1)
 
 
 # Scanning for what is durable (section 8)

@@ -156,7 +156,7 @@ def test_the_report_tells_of_a_torn_tail(db, recover):
     write_open(db, numbered(5))
     (log,) = logs(db)
     last = batches_in(log.read_bytes())[-1]
-    overwrite(log, last.end - 8, b"\xff" * 8)
+    overwrite(log, last.end - 16, b"\xff" * 8)
     report = recover()[1].report
     assert report.sequence == 4
     assert report.bytes_dropped == last.size

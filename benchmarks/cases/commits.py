@@ -7,6 +7,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -86,36 +87,29 @@ def commit_rate(side: type[Peer], path: str, load: Load) -> dict[str, Any]:
     """
     batches = _batches(load)
     store = side(path)
-    barrier = threading.Barrier(load.n_threads + 1)
-    latencies_ns: list[list[int]] = [[] for _ in range(load.n_threads)]
+    ready = threading.Barrier(load.n_threads + 1)
 
-    def work(number: int) -> None:
-        own = latencies_ns[number]
+    def work(own: list[Batch]) -> list[int]:
+        found = []
         clock = time.perf_counter_ns
-        barrier.wait()
+        ready.wait()
         stop = clock() + int(load.seconds_max * 1e9) if load.seconds_max else 1 << 63
-        for batch in batches[number :: load.n_threads]:
+        for batch in own:
             started = clock()
             if started > stop:
                 break
             store.commit(batch)
-            own.append(clock() - started)
-        barrier.wait()
+            found.append(clock() - started)
+        return found
 
-    threads = [
-        threading.Thread(target=work, args=(number,))
-        for number in range(load.n_threads)
-    ]
-    for thread in threads:
-        thread.start()
-    with _Spinner(load.spin) as spinner:
-        barrier.wait()
+    shares = [batches[number :: load.n_threads] for number in range(load.n_threads)]
+    with ThreadPoolExecutor(load.n_threads) as pool, _Spinner(load.spin) as spinner:
+        futures = [pool.submit(work, share) for share in shares]
+        ready.wait()
         started = time.perf_counter()
-        barrier.wait()
+        wait(futures)
         seconds = time.perf_counter() - started
-    for thread in threads:
-        thread.join()
-    found = list(itertools.chain(*latencies_ns))
+    found = list(itertools.chain(*(future.result() for future in futures)))
     group = store.batches_per_write()
     store.close()
     return {
