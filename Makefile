@@ -90,14 +90,15 @@ debug: setup  ## the tests with the checks of Cython and of C on
 	cd build/debug && $(CURDIR)/$(BIN)/python -m pytest $(NOT_TREE) $(ARGS)
 
 # Python frees little at its end, hence no leak detection; and its own allocator would
-# hide the ends of objects from the sanitizer.
+# hide the ends of objects from the sanitizer. A finding ends the process: pytest must
+# not hold back what it says.
 sanitize: setup  ## the tests under AddressSanitizer and UBSan (gcc on Linux)
 	$(call flavour,sanitize,METASTORE_SANITIZE)
 	cd build/sanitize && \
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	    UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
-	    $(CURDIR)/$(BIN)/python -m pytest --timeout 1200 $(NOT_TREE) $(ARGS)
+	    $(CURDIR)/$(BIN)/python -m pytest --capture=sys --timeout 1200 $(NOT_TREE) $(ARGS)
 
 # Coverage of an extension can be missing in silence: the last line says if it is. Its
 # plugin wants the generated C beside the source.
@@ -122,4 +123,5 @@ clean:  ## remove everything that was built, .venv too
 	rm -f metastore/*.so
 	find . -name __pycache__ -exec rm -rf {} +
 
-.PHONY: bench bench-quick clean coverage debug demo docs help lint matrix sanitize setup stress test types
+.PHONY: bench bench-quick clean coverage debug demo docs help lint matrix sanitize \
+	setup stress test types

@@ -17,7 +17,16 @@ from benchmarks.results import OURS
 __all__ = ["draw"]
 
 _OURS_COLOUR = "#c0392b"
-_OTHER_COLOURS = ("#2c3e50", "#7f8c8d", "#2980b9", "#16a085", "#8e44ad", "#d68910")
+_OTHER_COLOURS = (
+    "#2c3e50",
+    "#d68910",
+    "#2980b9",
+    "#16a085",
+    "#8e44ad",
+    "#7f8c8d",
+    "#6e2c00",
+    "#1abc9c",
+)
 _SIZE = (8, 4.5)
 
 Rows = dict[str, dict[str, Any]]

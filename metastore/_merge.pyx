@@ -156,8 +156,8 @@ def sort_ranges(
             start, stop = starts[i], starts[i + 1]
             if stop - start > 1:
                 _sort(
-                    &keys[start], &order[start], &spare_keys[start], &spare_order[start],
-                    stop - start, True,
+                    &keys[start], &order[start], &spare_keys[start],
+                    &spare_order[start], stop - start, True,
                 )
 
 
@@ -325,7 +325,7 @@ def gather_bytes_into(
 
 
 def common_length(const uint64_t[::1] offsets not None):
-    """Return the length that all records have, or -1 if they differ or there are none."""
+    """Return the length of all records, or -1 if they differ or there are none."""
     cdef Py_ssize_t n = offsets.shape[0] - 1
     cdef Py_ssize_t i
     cdef uint64_t length

@@ -298,9 +298,9 @@ def table(demo: Demo) -> list[str]:
         ),
         (
             "batches",
-            f"{demo.n_batches:,} of {counted(demo.batch_files, 'file')} each, from "
-            f"{counted(demo.threads, 'thread')}: {commits_per_second:,.0f} commits/s, "
-            "reading and heap syncs included",
+            f"{demo.n_batches:,} acknowledged, of {counted(demo.batch_files, 'file')} "
+            f"each, from {counted(demo.threads, 'thread')}: "
+            f"{commits_per_second:,.0f} commits/s, reading and heap syncs included",
         ),
         ("killed", f"{counted(demo.n_kills, 'time')} with SIGKILL"),
     ]
@@ -309,7 +309,7 @@ def table(demo: Demo) -> list[str]:
         ("deleted", f"{counted(len(demo.deleted), 'file')}, then compacted"),
         (
             "compared",
-            f"{counted(demo.n_files_compared, 'file')}, "
+            f"{counted(demo.n_files_compared, 'time')} a file with its source, "
             f"{demo.n_bytes_compared:,} bytes: "
             f"{counted(len(demo.differences), 'difference')}",
         ),

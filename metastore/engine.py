@@ -280,17 +280,25 @@ class Engine:
         self._sync_log()
         old.seal()
         self._n_syncs += 1
+        # The mutex is held until the new log is the active one: else the background
+        # could create, and so empty, the file of this very name a second time.
         with self._prepare_mutex:
-            prepared, self._prepared = self._prepared, None
-        file = prepared[1] if prepared and prepared[0] == name else None
-        log = LogWriter(self._directory, name, self._store_id, old.sequence, file)
-        with self._mutex:
-            self._log = log
-            self._sealed.append(self._as_sealed(old))
-            self._n_rotations += 1
+            file = self._take_prepared(name)
+            log = LogWriter(self._directory, name, self._store_id, old.sequence, file)
+            with self._mutex:
+                self._log = log
+                self._sealed.append(self._as_sealed(old))
+                self._n_rotations += 1
         old.close()
         self._compactor.submit(self._prepare_next)
         self._compact_if_due()
+
+    def _take_prepared(self, name: FileName) -> FileProtocol | None:
+        if self._prepared is None:
+            return None
+        (prepared, file), self._prepared = self._prepared, None
+        assert prepared == name, f"{prepared} was prepared, not {name}"
+        return file
 
     @staticmethod
     def _as_sealed(log: LogWriter) -> _SealedLog:
@@ -383,7 +391,7 @@ class Engine:
                 self._directory.remove(self._prepared[0].temporary)
         except BaseException as error:
             self._fail(error)
-            raise self._failed() from error
+            raise self._failed() from self._failure
         finally:
             self._is_closed = True
 

@@ -66,7 +66,8 @@ SCRIPTS = {
         ("open", "batch", "shutdown"), ("batch", "unsynced", "unsynced", "kill")
     ),
     "torn tail": Script(
-        ("open", "batch", "compact"), ("batch", "unsynced", "unsynced", "torn")
+        ("open", "batch", "compact"),
+        ("delete", "unsynced", "unsynced", "torn"),
     ),
     "torn tail behind a snapshot": Script(
         ("open", "delete", "shutdown"),
@@ -92,6 +93,8 @@ class Run:
         Opens the store.
     script : Script
         What is done.
+    prepared : Disk, Trace
+        On what; they are copied.
     plan : FaultPlan
         What fails.
     seen : set
@@ -104,14 +107,19 @@ class Run:
     """
 
     def __init__(
-        self, recover: Recover, script: Script, plan: FaultPlan, seen: set[object]
+        self,
+        recover: Recover,
+        script: Script,
+        prepared: tuple[Disk, Trace],
+        plan: FaultPlan,
+        seen: set[object],
     ) -> None:
         self._recover = recover
         self._plan = plan
         self._seen = seen
-        disk, trace = script.prepare(recover)
+        disk, trace = prepared
         n_threads = threading.active_count()
-        self._history = WatchfulHistory(recover, disk, trace, plan)
+        self._history = WatchfulHistory(recover, disk.copy(), trace.copy(), plan)
         self._error: OSError | None = None
         self._failed_at = ""
         for operation in script.operations:
@@ -209,14 +217,15 @@ def fail_every_call(recover: Recover, script: Script) -> tuple[int, int]:
     """
     n_runs = 0
     seen: set[object] = set()
+    prepared = script.prepare(recover)
     for failure in failures():
         counting = FaultPlan(failure)
-        Run(recover, script, counting, seen)
+        Run(recover, script, prepared, counting, seen)
         for at in range(1, counting.calls + 1):
             plan = FaultPlan(failure, at)
             n_runs += 1
             try:
-                Run(recover, script, plan, seen)
+                Run(recover, script, prepared, plan, seen)
                 require(bool(plan.failed), "the call was not made this time")
             except Exception as error:
                 error.add_note(f"call {at} of {counting.calls}: {failure}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import os
 import subprocess
 from collections.abc import Iterator
@@ -108,6 +109,7 @@ def mounted(tmp_path: Path) -> Iterator[Path]:
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"no file system can be mounted here: {error}")
     yield path
+    gc.collect()  # an error that was caught may still hold on to a map
     subprocess.run(["umount", path], check=True)
 
 

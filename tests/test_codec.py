@@ -20,7 +20,17 @@ from hypothesis import strategies as st
 
 import oracle
 import strategies
-from metastore import MetadataStore, _codec, _merge, columns, frames, log, recovery
+from metastore import (
+    MetadataStore,
+    _codec,
+    _merge,
+    columns,
+    compaction,
+    frames,
+    log,
+    recovery,
+    snapshot,
+)
 from metastore import format as layouts
 from metastore.columns import Columns
 from metastore.directory import Directory
@@ -98,10 +108,7 @@ def batch_frame(payload: oracle.Payload) -> bytes:
 @settings(max_examples=40)
 @given(strategies.batches())
 def test_oracle_reads_a_batch_of_tuples(records: Records) -> None:
-    batch = [
-        (key, (value, user_data) if value else None)
-        for key, value, user_data in records
-    ]
+    batch = as_batch(records)
     data = finished(frames.encode_batch(batch, LEVEL))
     assert data == batch_frame(oracle.pack_plain(records))
     assert metastore_reads(data) == records
@@ -143,7 +150,7 @@ def test_oracle_reads_large_batches(seed: int, user_data: str) -> None:
     records = strategies.shaped_records(rng, 400, length=300, user_data=user_data)
     rng.shuffle(records)
     records += [(key, 0, b"") for key, _, _ in records[:20]] + records[10:15]
-    batch = [(key, (value, data) if value else None) for key, value, data in records]
+    batch = as_batch(records)
     for frame in (
         frames.encode(_codec.KIND_BATCH, to_columns(records), LEVEL),
         frames.encode_batch(batch, LEVEL),
@@ -824,6 +831,82 @@ def test_stores_of_the_oracle_are_read(
         oracle.last_wins(expected, records)
     assert oracle_outcome(files) == (expected, sequence - 1)
     assert metastore_outcome(files, tmp_path / "db") == (expected, sequence - 1)
+
+
+histories = st.lists(
+    st.one_of(
+        strategies.batches(),
+        strategies.blocks(),
+        st.sampled_from(["compact", "reopen", "kill"]),
+    ),
+    max_size=14,
+)
+
+
+@settings(with_tmp_path, max_examples=60)
+@given(history=histories, log_size_bytes_min=st.sampled_from([1, 300, 65_536]))
+def test_stores_of_metastore_are_read(
+    history: list[Records | str], log_size_bytes_min: int, tmp_path: Path
+) -> None:
+    directory = tmp_path / "db"
+    shutil.rmtree(directory, ignore_errors=True)
+    expected: dict[int, tuple[int, bytes]] = {}
+    last = 0
+
+    def recover() -> MetadataStore:
+        store, recovered = MetadataStore._recover_in(
+            Directory.open_or_create(str(directory)),
+            inline=True,
+            threads=1,
+            log_size_bytes_min=log_size_bytes_min,
+        )
+        assert {key: rest for key, *rest in recovered} == {
+            key: [*found] for key, found in expected.items()
+        }
+        return store
+
+    # Blocks of a few records, so that compaction copies, joins and cuts some.
+    with (
+        mock.patch.multiple(compaction, BLOCK_RECORDS_TARGET=4, _BLOCK_RECORDS_MIN=2),
+        mock.patch.object(snapshot, "BLOCK_RECORDS_TARGET", 4),
+    ):
+        store = recover()
+        try:
+            for step in history:
+                if step == "compact":
+                    store.compact()
+                elif step == "reopen":
+                    store.shutdown()
+                    store = recover()
+                elif step == "kill":
+                    abandon(store)
+                    store = recover()
+                else:
+                    last = store.insert_batch(as_batch(step))
+                    oracle.last_wins(expected, step)
+                assert oracle.read_store(files_in(directory)) == (expected, last)
+        finally:
+            store.shutdown()
+    assert oracle.read_store(files_in(directory)) == (expected, last)
+
+
+def abandon(store: MetadataStore) -> None:
+    """Let go of the files as the end of a process does, sealing nothing."""
+    store._finalizer.detach()
+    store._engine.abandon()
+
+
+def files_in(directory: Path) -> Files:
+    return {
+        path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()
+    }
+
+
+def as_batch(records: Records) -> list[tuple[int, tuple[int, bytes] | None]]:
+    return [
+        (key, (value, user_data) if value else None)
+        for key, value, user_data in records
+    ]
 
 
 # Scanning for what is durable (section 8)

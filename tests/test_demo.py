@@ -289,11 +289,12 @@ def test_only_regular_files_are_sources(tree: Path) -> None:
             Source(os.fsencode(tree / name))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_unreadable_files_and_directories_are_counted(tmp_path: Path) -> None:
     tree = small_tree(tmp_path / "tree")
     (tree / "007").chmod(0)
     (tree / "closed").mkdir(mode=0)
+    if os.access(tree / "007", os.R_OK):
+        pytest.skip("root reads everything")
     done = loaded(tree, tmp_path / "work")
     done.check("now")
     assert done.manifest.n_directories_unreadable == 1
