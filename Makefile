@@ -106,8 +106,8 @@ coverage: setup  ## what the tests reach, of the extensions too
 	$(call flavour,coverage,METASTORE_COVERAGE)
 	cp build/coverage/build/cython-coverage/metastore/*.c build/coverage/metastore/
 	cd build/coverage && \
-	    $(CURDIR)/$(BIN)/coverage run -m pytest --timeout 1200 $(NOT_TREE) $(ARGS) && \
-	    $(CURDIR)/$(BIN)/coverage report | tee report.txt
+	    { $(CURDIR)/$(BIN)/coverage run -m pytest --timeout 1200 $(NOT_TREE) $(ARGS); \
+	    status=$$?; $(CURDIR)/$(BIN)/coverage report | tee report.txt; exit $$status; }
 	grep -q '_codec\.pyx' build/coverage/report.txt
 	grep -q '_merge\.pyx' build/coverage/report.txt
 

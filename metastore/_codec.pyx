@@ -419,6 +419,12 @@ cdef int _read_header(
     computed = ms_crc32c(seed, header + 4, HEADER - 4) ^ CHECKSUM_XOR
     if stored != computed:
         return BAD_HEADER
+    payload_size = ms_load_u64(header + 32)
+    if payload_size > <uint64_t>(left - HEADER):
+        return INCOMPLETE
+    size = HEADER + payload_size
+    if _padded(size) > left:
+        return INCOMPLETE
     kind = header[4]
     layout = header[5]
     if kind != END and kind != (BLOCK if snapshot else BATCH):
@@ -429,7 +435,6 @@ cdef int _read_header(
         return BAD_RESERVED
     found = ms_load_u64(header + 8)
     durable = ms_load_u64(header + 16)
-    payload_size = ms_load_u64(header + 32)
     if found != sequence - (not snapshot and kind == END) and not (
         snapshot and kind == BLOCK and found == 0
     ):
@@ -439,11 +444,6 @@ cdef int _read_header(
             return BAD_DURABLE
     elif durable >= found if kind == BATCH else durable != found:
         return BAD_DURABLE
-    if payload_size > <uint64_t>(left - HEADER):
-        return INCOMPLETE
-    size = HEADER + payload_size
-    if _padded(size) > left:
-        return INCOMPLETE
     status = _check_sizes(header, layout, payload_size, ms_load_u64(header + 40))
     if status != OK:
         return status
@@ -552,8 +552,7 @@ def find_durable(
         while offset <= last:
             at = &data[offset]
             if (
-                (at[4] == BATCH or at[4] == END)
-                and ms_load_u64(at + 16) >= sequence
+                ms_load_u64(at + 16) >= sequence
                 and ms_load_u32(at)
                 == ms_crc32c(seed, at + 4, HEADER - 4) ^ CHECKSUM_XOR
             ):
@@ -606,6 +605,8 @@ cdef int _ends_of(
 
 cdef int _decode_plain(const uint8_t* payload, Row* row, Target* to) noexcept nogil:
     cdef Py_ssize_t n = row.n_records
+    if n == 0:
+        return OK
     memcpy(to.keys, payload, 8 * n)
     memcpy(to.values, payload + 8 * n, 8 * n)
     if row.user_data_size:
@@ -682,11 +683,11 @@ cdef int _read_table(const uint8_t* payload, Row* row, Sections* out) noexcept n
     return BAD_TABLE if left else OK
 
 
-cdef inline void _read_section(const uint8_t* entry, Section* item) noexcept nogil:
-    item.stored = ms_load_u32(entry)
-    item.encoding = entry[4] if not (entry[6] or entry[7]) else 255
-    item.constant = entry[5]
-    item.at = entry + 5
+cdef inline void _read_section(const uint8_t* row, Section* item) noexcept nogil:
+    item.stored = ms_load_u32(row)
+    item.encoding = row[4] if not (row[6] or row[7]) else 255
+    item.constant = row[5]
+    item.at = row + 5
 
 
 cdef inline bint _section_is_valid(const Section* item) noexcept nogil:
@@ -799,9 +800,11 @@ cdef int _decode_sections(Sections* sections, Row* row, Target* to) noexcept nog
         _unpack_column(
             at, sections.counts[3], sections.counts[3], False, to.user_data, n
         )
+    elif row.user_data_size == 0:
+        return OK
     elif at.encoding == CONSTANT:
         memset(to.user_data, at.constant, row.user_data_size)
-    elif row.user_data_size:
+    else:
         memcpy(to.user_data, at.at, row.user_data_size)
     return OK
 

@@ -35,10 +35,10 @@ def _uint64s(name: str, array: Any) -> Uint64s:
     found = np.asarray(array)
     if found.size == 0 and not isinstance(array, np.ndarray):
         found = found.astype(np.uint64)  # an empty list has no type of its own
-    if found.ndim != 1:
-        raise ValueError(f"{name} must have one dimension, not {found.ndim}")
     if found.dtype.kind not in "ui":
         raise TypeError(f"{name} must be an array of integers, not {found.dtype}")
+    if found.ndim != 1:
+        raise ValueError(f"{name} must have one dimension, not {found.ndim}")
     if found.dtype.kind == "i" and found.size and int(found.min()) < 0:
         at = int(np.flatnonzero(found < 0)[0])
         raise OverflowError(f"{name}[{at}] is {int(found[at])}, outside 0 .. 2**64 - 1")
@@ -70,12 +70,13 @@ def columns_of_arrays(keys: Any, values: Any, offsets: Any, user_data: Any) -> C
     TypeError, ValueError, OverflowError
         The message names the argument and, where there is one, the index.
     """
+    checked = _uint64s("keys", keys)
+    n = len(checked)
     columns = Columns(
-        _uint64s("keys", keys),
+        checked,
         _uint64s("values", values),
-        *_user_data_columns(len(keys), offsets, user_data),
+        *_user_data_columns(n, offsets, user_data),
     )
-    n = len(columns.keys)
     if len(columns.values) != n:
         raise ValueError(f"{n} keys, but {len(columns.values)} values")
     if n > LENGTH_MAX:

@@ -324,6 +324,8 @@ class Directory:
 
     def names(self) -> list[tuple[str, bool]]:
         """Return each name, and whether it is a regular file (a link is not)."""
+        if self._descriptor < 0:  # scandir takes -1 for the working directory
+            raise ValueError(f"bad descriptor: the directory was closed ({self.path})")
         with os.scandir(self._descriptor) as found:
             return [(item.name, item.is_file(follow_symlinks=False)) for item in found]
 

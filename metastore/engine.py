@@ -125,6 +125,7 @@ class Engine:
         self._log = log
         self._durable = content.sequence
         self._failure: BaseException | None = None
+        self._is_failure_told = False
         self._is_closed = False
         self.is_forked = False
         # Guards what the leader and the compaction thread both change.
@@ -140,6 +141,9 @@ class Engine:
             if log.n_batches
         ]
         self._compacting: list[_SealedLog] = []
+        #: Whether the active log must stay even without batches: it is what bounds
+        #: an older one that ends in a torn tail, or in damage.
+        self._is_bound = not content.ends_sealed
         self._n_batches = self._n_writes = self._n_syncs = 0
         self._n_rotations = self._n_compactions = 0
         self._commits = GroupCommit(self._write_group)
@@ -172,6 +176,7 @@ class Engine:
 
     def _failed(self) -> StoreFailedError:
         cause = self._failure
+        self._is_failure_told = True
         error = StoreFailedError(
             f"the store failed: {cause}; whether batches in flight are durable shows "
             f"at the next recovery: close it and recover it again "
@@ -288,6 +293,7 @@ class Engine:
             with self._mutex:
                 self._log = log
                 self._sealed.append(self._as_sealed(old))
+                self._is_bound = False
                 self._n_rotations += 1
         old.close()
         self._compactor.submit(self._prepare_next)
@@ -367,7 +373,10 @@ class Engine:
     # ---- end ----
 
     def shutdown(self) -> None:
-        """Seal the log, end the thread, close every file, free the lock; idempotent."""
+        """Seal the log, end the thread, close every file, free the lock; idempotent.
+
+        A failure that no caller was told of yet is raised here, after all is closed.
+        """
         if self.is_forked or self._is_closed:
             return
         # First the thread, which may wait for nothing of ours; then the log.
@@ -379,11 +388,13 @@ class Engine:
             pass  # another thread was faster
         finally:
             self.abandon()
+        if self._failure is not None and not self._is_failure_told:
+            raise self._failed()
 
     def _seal(self) -> None:
         try:
             self._sync_log()
-            if self._log.sequence > self._log.first_sequence:
+            if self._is_bound or self._log.sequence > self._log.first_sequence:
                 self._log.seal()
             else:  # nothing in it: the directory stays as it was
                 self._directory.remove(str(self._log.name))

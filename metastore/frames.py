@@ -113,7 +113,10 @@ def decode(data: memoryview, table: Table) -> tuple[Columns, int, int]:
     whole = columns.target(0, len(columns), 0, sum(sizes))
     n, status = decode_into(data, table, whole, 0)
     if n < len(table):
-        columns = columns.part(0, sum(n_records[:n]))
+        end = sum(sizes[:n])
+        columns = Columns(
+            *columns.part(0, sum(n_records[:n])).arrays()[:3], columns.user_data[:end]
+        )
     return columns, n, status
 
 

@@ -315,13 +315,11 @@ def _judge_end(
     """Decide what the first place without a valid batch means (section 8)."""
     end = content.end
     if bound is not None and content.sequence == bound:
-        # Bounded: what lies behind is not read, but behind an end frame must be zeros.
-        if content.is_sealed:
-            content.damage = _bytes_behind_end(source, end, path)
-        return
+        return  # what lies behind is not read
     if content.is_sealed:
-        content.damage = _bytes_behind_end(source, end, path)
-        if bound is not None:
+        if bound is None:
+            content.damage = _bytes_behind_end(source, end, path)
+        else:
             content.damage = CorruptionError(
                 path,
                 end,

@@ -47,6 +47,11 @@ _TORN_TAILS_MAX = 8
 _TORN_PREFIX = "torn_"
 _COPY_SIZE = 1 << 20
 
+_WAY_OUT = (
+    "nothing was changed; copy the directory, then recover it with "
+    'on_damage="prefix" to get the batches that precede the damage'
+)
+
 
 # ---- decide ----
 
@@ -237,6 +242,22 @@ class Content:
             return None
         name, log, _ = self.logs[-1]
         return name, log.end, log.torn_size
+
+    @property
+    def empty_logs(self) -> list[FileName]:
+        """Logs that were read whole and hold nothing."""
+        return [
+            name
+            for name, log, _ in self.logs
+            if log.n_batches == 0 and not log.torn_size and log.damage is None
+        ]
+
+    @property
+    def ends_sealed(self) -> bool:
+        """Whether the newest log that stays, if any, needs no later one as its bound."""
+        empty = self.empty_logs
+        kept = [log for name, log, _ in self.logs if name not in empty]
+        return not kept or (kept[-1].is_sealed and kept[-1].damage is None)
 
 
 class _Counter:
@@ -460,13 +481,8 @@ def remove_obsolete(directory: DirectoryProtocol, content: Content) -> tuple[str
     tuple of str
         The names: temporaries, files that the snapshot contains, logs without batches.
     """
-    empty = [
-        str(name)
-        for name, log, _ in content.logs
-        if log.n_batches == 0 and not log.torn_size and log.damage is None
-    ]
-    obsolete = [str(name) for name in content.plan.obsolete]
-    names = (*content.plan.listing.temporaries, *obsolete, *empty)
+    superfluous = [*content.plan.obsolete, *content.empty_logs]
+    names = (*content.plan.listing.temporaries, *map(str, superfluous))
     for name in names:
         directory.remove(name)
     return names
@@ -514,6 +530,20 @@ def read_directory(
     A damaged snapshot is given up for an older one, if there is one, with the logs
     that follow that.
     """
+    try:
+        return _read_directory(directory, on_damage, threads, progress, settle_log)
+    except CorruptionError as error:
+        error.add_note(_WAY_OUT)
+        raise
+
+
+def _read_directory(
+    directory: DirectoryProtocol,
+    on_damage: str,
+    threads: int,
+    progress: Progress | None,
+    settle_log: bool,
+) -> Content:
     listing = parse_listing(directory.names())
     headers = dict(read_headers(directory, listing))
     while True:

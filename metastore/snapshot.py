@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -114,6 +115,10 @@ class SnapshotReader:
                     int(table[wrong[0], _codec.ROW_OFFSET]),
                     f"the index has another {field} for block {int(wrong[0])}",
                 )
+        wrong = np.flatnonzero(self.index["n_records"] == 0)
+        if len(wrong):
+            offset = int(self.index["offset"][wrong[0]])
+            raise self._error(offset, f"block {int(wrong[0])} has no records")
         first, last = self.index["first_key"], self.index["last_key"]
         wrong = np.flatnonzero(
             (first > last) | np.append(first[1:] <= last[:-1], False)
@@ -173,15 +178,12 @@ class SnapshotReader:
     ) -> Columns:
         """Decode all blocks, each straight into its place in the result."""
         whole = Columns.allocate(self.n_records, self.user_data_size)
-        starts = np.concatenate(
-            [[0], np.cumsum(self.index["n_records"], dtype=np.uint64)]
-        )
-        sizes = np.concatenate([[0], np.cumsum(self.index["user_data_size"])])
-        record_at, data_at = starts.tolist(), sizes.astype(np.uint64).tolist()
+        record_at = _running_sum(self.index["n_records"])
+        data_at = _running_sum(self.index["user_data_size"])
 
         def read(block: int) -> int:
-            start, stop = int(record_at[block]), int(record_at[block + 1])
-            low, high = int(data_at[block]), int(data_at[block + 1])
+            start, stop = record_at[block : block + 2]
+            low, high = data_at[block : block + 2]
             n, status = decode_into(
                 self.view,
                 self._table[block : block + 1],
@@ -213,6 +215,10 @@ class SnapshotReader:
 
         for _ in ordered_map(check, range(self.n_blocks), threads):
             pass
+
+
+def _running_sum(column: npt.NDArray[Any]) -> list[int]:
+    return list(itertools.accumulate(column.tolist(), initial=0))
 
 
 def split_into_blocks(columns: Columns) -> list[Columns]:

@@ -37,6 +37,8 @@ class MetadataStore:
     """
 
     def __init__(self, engine: Engine) -> None:
+        if not isinstance(engine, Engine):
+            raise TypeError("a MetadataStore is made by MetadataStore.recover(path)")
         self._engine = engine
         # Not __del__: it would run at any moment, in any thread, and hide errors.
         self._finalizer = weakref.finalize(self, _warn_and_abandon, engine)
@@ -208,6 +210,12 @@ class MetadataStore:
 
         Idempotent. A compaction that is under way ends first. After a failure nothing
         more is written.
+
+        Raises
+        ------
+        StoreFailedError
+            For a failure that no call was told of yet; everything is closed all the
+            same.
         """
         self._finalizer.detach()
         self._engine.shutdown()

@@ -70,6 +70,8 @@ class Crowd:
         Whether the moment before a call is kept.
     plan : callable, optional
         Asked before each call whether it is to fail.
+    patience_seconds : float
+        How long to wait before each sync whether a batch is acknowledged too early.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Crowd:
         n_batches: int = 6,
         keep: Callable[[Operation], bool] = lambda operation: False,
         plan: Callable[[Operation], Fault | None] = lambda operation: None,
+        patience_seconds: float = 0.0,
     ) -> None:
         self.disk = Disk()
         self.moments: list[Moment] = []
@@ -92,6 +95,8 @@ class Crowd:
         self._mutex = threading.Lock()
         self._keep = keep
         self._plan = plan
+        self._patience_seconds = patience_seconds
+        self._told = threading.Event()
         self._start = threading.Barrier(n_threads)
         self.disk.before = self._before
         self.store: MetadataStore | None = None
@@ -118,6 +123,9 @@ class Crowd:
                 raise BrokenPromiseError("a thread hangs")
 
     def _before(self, operation: Operation) -> Fault | None:
+        if self._patience_seconds and operation.kind == "sync":
+            self._told.clear()
+            self._told.wait(self._patience_seconds)
         if self._keep(operation):
             with self._mutex:
                 acknowledged = frozenset(self.acknowledged)
@@ -149,6 +157,7 @@ class Crowd:
         if sync:
             with self._mutex:
                 self.acknowledged |= mine
+            self._told.set()
 
     def shutdown(self) -> None:
         """End the store; afterwards everything that was inserted is durable."""

@@ -7,16 +7,18 @@ destroyed that nobody had read whole, and nothing may stay open, locked or runni
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from crashes import Pending, whole_digest
 from disk import Disk
 from explorer import check
-from faults import FaultPlan, WatchfulDirectory, failures
-from histories import BrokenPromiseError, History, Recover, Trace
+from faults import Failure, FaultPlan, WatchfulDirectory, failures
+from histories import BrokenPromiseError, History, Recover, Trace, left
 from metastore import StoreClosedError, StoreFailedError
+from simulated import SimulatedDirectory
 
 #: States of the medium that are recovered after each failure, beside two fixed ones.
 STATES_MAX = 3
@@ -26,8 +28,8 @@ STATES_MAX = 3
 class Script:
     """A history whose calls fail, on a disk that another one, undisturbed, has left.
 
-    `before` ends in what is left: "kill" of the process, "power" loss, or "torn", where
-    every other pending sector is kept.
+    `before` ends in what is left: "kill" of the process, "power" loss, or "torn", the
+    first state of the medium with a torn tail.
     """
 
     operations: tuple[str, ...]
@@ -38,17 +40,25 @@ class Script:
         if not self.before:
             return Disk(), Trace()
         *operations, end = self.before
-        history = History(recover, Disk())
-        for operation in ("open", *operations):
-            history.perform(operation)
-        disk, trace = history.disk.copy(), history.trace.copy()
-        history.close()
+        history = left(recover, *operations)
+        disk = history.disk
         if end == "power":
             disk = Disk(disk.durable_image())
         elif end == "torn":
-            pending = Pending(disk)
-            disk = Disk(pending.image([at % 2 for at in range(len(pending.atoms))]))
-        return disk, trace
+            disk = first_torn(recover, disk)
+        return disk, history.trace
+
+
+def first_torn(recover: Recover, disk: Disk) -> Disk:
+    """Make a power loss leave a torn tail."""
+    pending = Pending(disk)
+    for choice in pending.choices(random.Random(1), exhaustive_max=1, samples=0):
+        tried = Disk(pending.image(choice))
+        opened, _ = recover(SimulatedDirectory(tried))
+        opened.shutdown()
+        if "quarantine" in tried.live_image():
+            return Disk(pending.image(choice))
+    raise AssertionError("no state with a torn tail")
 
 
 SCRIPTS = {
@@ -56,6 +66,8 @@ SCRIPTS = {
     "commit": Script(("open", "batch", "delete", "batch")),
     "unsynced": Script(("open", "unsynced", "unsynced", "sync", "unsynced", "batch")),
     "rotation": Script(("open", "rotate", "batch", "rotate", "batch")),
+    "rotation at the end": Script(("open", "rotate", "shutdown")),
+    "unsynced rotation at the end": Script(("open", "unsynced rotate", "shutdown")),
     "compaction": Script(("open", "batch", "compact", "delete", "compact")),
     "shutdown": Script(("open", "batch", "unsynced", "shutdown")),
     "reopening": Script(("open", "batch", "shutdown"), ("batch", "shutdown", "power")),
@@ -71,7 +83,7 @@ SCRIPTS = {
     ),
     "torn tail behind a snapshot": Script(
         ("open", "delete", "shutdown"),
-        ("batch", "batch", "compact", "unsynced", "unsynced", "unsynced", "torn"),
+        ("batch", "batch", "compact", "unsynced", "unsynced", "torn"),
     ),
 }
 
@@ -207,28 +219,23 @@ def raised_by(kind: type[BaseException], call: Callable[[], object]) -> BaseExce
     raise BrokenPromiseError(f"a write went through that should raise {kind.__name__}")
 
 
-def fail_every_call(recover: Recover, script: Script) -> tuple[int, int]:
-    """Run a script with every failure at every call.
-
-    Returns
-    -------
-    n_runs, n_states : int
-        Calls that failed, and distinct states that were recovered afterwards.
-    """
-    n_runs = 0
-    seen: set[object] = set()
+def failing_runs(
+    recover: Recover, script: Script, seen: set[object]
+) -> Iterator[Callable[[], None]]:
+    """Yield the runs of a script, one for every failure of every call."""
     prepared = script.prepare(recover)
+
+    def run(failure: Failure, at: int, n_calls: int) -> None:
+        plan = FaultPlan(failure, at)
+        try:
+            Run(recover, script, prepared, plan, seen)
+            require(bool(plan.failed), "the call was not made this time")
+        except Exception as error:
+            error.add_note(f"call {at} of {n_calls}: {failure}; failed: {plan.failed}")
+            raise
+
     for failure in failures():
         counting = FaultPlan(failure)
         Run(recover, script, prepared, counting, seen)
         for at in range(1, counting.calls + 1):
-            plan = FaultPlan(failure, at)
-            n_runs += 1
-            try:
-                Run(recover, script, prepared, plan, seen)
-                require(bool(plan.failed), "the call was not made this time")
-            except Exception as error:
-                error.add_note(f"call {at} of {counting.calls}: {failure}")
-                error.add_note(f"after {n_runs} runs; failed: {plan.failed}")
-                raise
-    return n_runs, len(seen)
+            yield functools.partial(run, failure, at, counting.calls)

@@ -180,7 +180,7 @@ def blocks_of_shapes(path: Path, seed: int, n: int, shapes: Sequence[Shape]) -> 
 
 
 def packed_numbers(path: Path) -> None:
-    shapes = [
+    shapes: list[Shape] = [
         ("any", "any", 0, "any"),
         ("any", "alike", 0, "any"),
         ("any", "small", 8, "counter"),
@@ -192,7 +192,7 @@ def packed_numbers(path: Path) -> None:
 
 
 def packed_user_data(path: Path) -> None:
-    shapes = [
+    shapes: list[Shape] = [
         ("near", "small", 2, "counter"),
         ("near", "small", 8, "any"),
         ("near", "small", 16, "text"),

@@ -104,13 +104,14 @@ def batch_of(sequence: int, kind: str) -> Batch:
     """The batch that a history inserts under this sequence.
 
     Sizes make frames begin and end within sectors, and "rotate" makes every log due:
-    each one writes more than the ones before it have left in a snapshot.
+    each one writes more than the ones before it have left in a snapshot. Key 0 comes
+    twice, and the last record of a key wins.
     """
     rng = random.Random(sequence)
-    records: list[Record] = [(0, (sequence, b""))]
+    records: list[Record] = [(0, (2**40, b"")), (0, (sequence, b""))]
     if kind == "delete":
         return [*records, (1 + sequence % 3, None), (1 + (sequence + 2) % 3, None)]
-    if kind == "rotate":
+    if "rotate" in kind:
         data = rng.randbytes(LOG_SIZE_BYTES_MIN + 400 * sequence)
         return [*records, (9, (sequence, data))]
     data = rng.randbytes((30, 500, 200)[sequence % 3])
@@ -160,7 +161,7 @@ class History:
         disk.before = self._record
 
     def perform(self, operation: str) -> None:
-        """Carry out one of ``OPERATIONS``, or "open", or "sync"."""
+        """Carry out one of ``OPERATIONS``, "open", "sync" or "unsynced rotate"."""
         if operation in ("open", "reopen"):
             self._open()
             return
@@ -180,12 +181,12 @@ class History:
         expected = self.trace.next_sequence
         batch = batch_of(expected, kind)
         self.trace.issue(batch)
-        sequence = self.store.insert_batch(batch, sync=kind != "unsynced")
+        sequence = self.store.insert_batch(batch, sync="unsynced" not in kind)
         if sequence != expected:
             raise BrokenPromiseError(
                 f"batch {expected} was given the sequence {sequence}"
             )
-        if kind != "unsynced":
+        if "unsynced" not in kind:
             self.trace.acknowledge(sequence)
 
     def _open(self) -> None:
@@ -235,6 +236,17 @@ def run(recover: Recover, operations: tuple[str, ...], *, record: int) -> list[C
             history.perform(operation)
         history.keep_end()
         return history.crashes
+
+
+def left(recover: Recover, *operations: str) -> History:
+    """Open a new store, carry out `operations`, and leave it as a kill would."""
+    history = History(recover, Disk())
+    for operation in ("open", *operations):
+        history.perform(operation)
+    disk = history.disk.copy()
+    history.close()
+    history.disk = disk
+    return history
 
 
 def histories(length: int) -> Iterator[tuple[str, ...]]:

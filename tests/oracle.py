@@ -62,9 +62,10 @@ class OracleVersionError(OracleError):
 
 
 class OracleTornError(OracleError):
-    """A bad frame as a crash can leave it.
+    """A bad frame as a torn write can leave it (section 8).
 
-    A frame whose checksums agree and that is wrong all the same is no such frame.
+    Its header checksum does not agree, it goes beyond the file, or its payload checksum
+    does not agree. What is wrong in any other way is corruption everywhere.
     """
 
 
@@ -549,11 +550,14 @@ def read_frame(data: bytes, offset: int, header: FileHeader, expected: int) -> F
     """
     torn = OracleTornError
     require(header_agrees(data, offset, header), offset, "no frame header", torn)
-    require(may_stand(data, offset, header), offset, "this frame must not stand here")
     own, kind, layout, _, sequence, durable, n, *rest = FRAME_HEADER.unpack_from(
         data, offset
     )
     payload_checksum, size, user_data_size = rest
+    start = offset + FRAME_HEADER.size
+    end = start + size + padding_size(size)
+    require(end <= len(data), offset, "frame ends behind the file", torn)
+    require(may_stand(data, offset, header), offset, "this frame must not stand here")
     wanted = {BATCH: expected, BLOCK: 0, END: expected - 1}[kind]
     require(sequence == wanted, offset, "sequence is not the expected one")
     if header.kind == "snapshot":
@@ -563,9 +567,6 @@ def read_frame(data: bytes, offset: int, header: FileHeader, expected: int) -> F
     else:
         require(durable < sequence, offset, "durable is not below the sequence")
 
-    start = offset + FRAME_HEADER.size
-    end = start + size + padding_size(size)
-    require(end <= len(data), offset, "frame ends behind the file", torn)
     require(not any(data[start + size : end]), offset, "padding is not zero")
     payload = Payload(layout, n, user_data_size, data[start : start + size])
     if kind != END:
@@ -750,7 +751,7 @@ def write_log(
 def claims_durable(data: bytes, offset: int, header: FileHeader, sequence: int) -> bool:
     """Tell whether a frame header from `offset` on says that `sequence` is durable."""
     for place in range(offset, len(data) - FRAME_HEADER.size + 1, 8):
-        if header_agrees(data, place, header) and may_stand(data, place, header):
+        if header_agrees(data, place, header):
             durable = FRAME_HEADER.unpack_from(data, place)[5]
             if durable >= sequence:
                 return True
@@ -786,8 +787,10 @@ def read_log(
             log = Log(header, batches, None, offset)
             return stop_at(data, error, log, bound, newest)
         if frame.kind == END:
-            require(not any(data[frame.end :]), frame.end, "bytes behind the end frame")
             require(bound in (None, expected), offset, "log ends before its bound")
+            if bound is None:
+                behind = data[frame.end :]
+                require(not any(behind), frame.end, "bytes behind the end frame")
             return Log(header, batches, frame, frame.end)
         if expected == bound:  # what lies behind the bound is not read
             return Log(header, batches, None, offset)

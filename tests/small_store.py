@@ -18,7 +18,7 @@ from verbs import State, content
 def recover_small(
     directory: DirectoryProtocol, *, inline: bool = True
 ) -> tuple[Store, State]:
-    """Recover a store that rotates every few batches, and runs no thread if `inline`."""
+    """Recover a store that rotates every few batches; without a thread if `inline`."""
     store, recovered = MetadataStore._recover_in(
         directory, inline=inline, threads=1, log_size_bytes_min=LOG_SIZE_BYTES_MIN
     )

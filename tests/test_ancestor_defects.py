@@ -18,6 +18,7 @@ from metastore.errors import CorruptionError
 from verbs import (
     append,
     batches_in,
+    content,
     files,
     flip,
     logs,
@@ -134,8 +135,23 @@ def test_02_a_torn_tail_is_reported_and_its_bytes_are_kept(db, recover):
     )[-1]
     assert recovered.report.bytes_dropped == last.size - 8
     assert "torn tail" in str(recovered.report)
-    kept = [path.read_bytes() for path in (db / "quarantine").iterdir()]
-    assert any(torn in data for data in kept)
+    kept = files(db)["quarantine"]
+    assert any(torn in data for data in kept.values())
+
+
+def test_02_a_torn_tail_is_dropped_once(db, recover):
+    """Once dropped and kept aside it is no news at later opens, nor kept again."""
+    write_open(db, numbered(5))
+    (log,) = logs(db)
+    overwrite(log, batches_in(log.read_bytes())[-1].end - 16, bytes(16))
+    read(db)
+    kept = files(db)["quarantine"]
+    for _ in range(3):
+        store, recovered = recover()
+        store.shutdown()
+        assert recovered.report.is_clean
+        assert content(recovered) == states(numbered(4))[-1]
+        assert files(db)["quarantine"] == kept
 
 
 def test_03_damage_in_one_log_with_a_later_log_intact(db):

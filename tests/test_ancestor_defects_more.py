@@ -188,6 +188,36 @@ def test_12_shutdown_from_many_threads_at_once(db):
     assert reopened == [states(numbered(20))[-1]] * 8
 
 
+def test_12_shutdown_from_many_threads_seals_once():
+    """Those that come while another shuts down must not write behind the end."""
+    for n_batches in range(20):
+        disk = Disk()
+        store, _ = recover_on(disk, inline=False)
+        for batch in numbered(n_batches):
+            store.insert_batch(batch, sync=False)
+        start = threading.Barrier(6)
+
+        def shut_down(
+            store: MetadataStore = store,
+            start: threading.Barrier = start,
+            compacts: bool = n_batches % 3 == 0,
+        ) -> None:
+            start.wait(30)
+            with contextlib.suppress(StoreClosedError):
+                store.compact() if compacts else store.sync()
+            store.shutdown()
+
+        threads = [threading.Thread(target=shut_down) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive()
+        assert disk.opened == []
+        assert store.stats().failure is None
+        assert read_image(disk.live_image()) == states(numbered(n_batches))[-1]
+
+
 def every_moment(disk: Disk) -> list[Image]:
     """The directory before each call that changes it: where a kill may strike."""
     images: list[Image] = []
@@ -316,7 +346,7 @@ OTHERS = [
     ".tmp",
     "snapshot_zz.tmp",
     " log_0000000000000009",
-    "log_٠٠٠٠٠٠٠٠٠٠٠٠٠٠٠٩",
+    "log_\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0669",
 ]
 
 

@@ -7,15 +7,15 @@ import fcntl
 import gc
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from disk import Image
 from metastore import MetadataStore
-from metastore.errors import StoreFailedError, StoreLockedError
-from verbs import files, numbered, read, states, write
+from metastore.errors import CorruptionError, StoreFailedError, StoreLockedError
+from verbs import files, flip, lasting, named, numbered, read, states, write
 
 #: What the system says of a place where nothing can be written.
 CANNOT_WRITE = "|".join(map(os.strerror, [errno.EPERM, errno.EACCES, errno.EROFS]))
@@ -193,11 +193,6 @@ def test_a_file_system_without_locks(db, monkeypatch, number):
     assert read(db) == states(numbered(2))[-1]
 
 
-def lasting(path: Path) -> Image:
-    """What lies in `path` but for what a store writes ahead in the background."""
-    return {name: data for name, data in files(path).items() if ".tmp" not in name}
-
-
 def test_two_openers_in_one_process(db, recover):
     store, _ = recover()
     store.insert_batch([(1, (1, b"one"))])
@@ -247,3 +242,25 @@ def test_a_failed_recover_frees_the_lock(db, recover):
         MetadataStore.recover(db, progress=fail)
     assert descriptors() == held
     recover()
+
+
+@pytest.mark.parametrize("kind", ["log", "snapshot"])
+def test_a_refused_recover_gives_everything_back(db, recover, kind):
+    """Descriptors, threads and the lock: the damage can be undone, and all is well."""
+    write(db, numbered(4))
+    store, _ = recover()
+    store.compact()
+    store.insert_batch([(100, (1, b""))])
+    store.insert_batch([(100, (2, b""))])
+    store.shutdown()
+    expected = read(db)
+    path = named(db, kind)[0]
+    held = descriptors(), threading.active_count()
+    for offset in (5, 64 + 5, 64 + 50):
+        flip(path, offset)
+        with pytest.raises(CorruptionError):
+            MetadataStore.recover(db, threads=2)
+        gc.collect()
+        assert (descriptors(), threading.active_count()) == held
+        flip(path, offset)
+    assert read(db) == expected

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from metastore import MetadataStore
-from verbs import content, files, read
+from metastore.errors import StoreClosedError
+from verbs import content, lasting, read
 
 GOOD = [(1, (10, b"one")), (2, (20, b"two"))]
 
@@ -32,10 +33,10 @@ def refused(
     store, _ = MetadataStore.recover(db)
     with store:
         assert store.insert_batch(GOOD) == 1
-        before = files(db)
+        before = lasting(db)
         with pytest.raises(error, match=match):
             yield store
-        assert files(db) == before
+        assert lasting(db) == before
         assert store.insert_batch([(3, (30, b"three"))]) == 2
     assert read(db) == {1: (10, b"one"), 2: (20, b"two"), 3: (30, b"three")}
 
@@ -112,6 +113,19 @@ def test_a_generator_that_raises_halfway(db):
 
     with refused(db, LookupError, "halfway") as store:
         store.insert_batch(records())
+
+
+def test_a_generator_that_shuts_the_store_down(db):
+    store, _ = MetadataStore.recover(db)
+    store.insert_batch(GOOD)
+
+    def records():
+        yield 50, (1, b"never")
+        store.shutdown()
+
+    with pytest.raises(StoreClosedError):
+        store.insert_batch(records())
+    assert read(db) == {1: (10, b"one"), 2: (20, b"two")}
 
 
 def test_a_key_whose_index_raises(db):

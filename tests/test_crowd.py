@@ -7,6 +7,7 @@ down as well: the message says where.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import random
@@ -17,12 +18,21 @@ from unittest import mock
 import pytest
 
 from crashes import Pending
-from crowd import TIMEOUT_SECONDS, Crowd, Moment, batch_numbered, recover_crowd
-from disk import Disk
+from crowd import (
+    TIMEOUT_SECONDS,
+    Crowd,
+    Moment,
+    batch_numbered,
+    recover_after_crowd,
+    recover_crowd,
+)
+from disk import Disk, Fault
 from faults import FaultPlan, failures
 from histories import BrokenPromiseError
 from metastore import MetadataStore, StoreFailedError, engine, log
 from metastore.directory import DirectoryProtocol, FileName
+from metastore.frames import encode_batch
+from metastore.group_commit import Request
 from simulated import SimulatedDirectory
 from small_store import repeatable
 from verbs import apply
@@ -65,7 +75,7 @@ def states_of(moment: Moment, rng: random.Random) -> list[Disk]:
 
 
 def test_crashes_of_a_crowd(tmp_path, rng, capsys):
-    seeds = [rng.randrange(1 << 30) for _ in range(8)]
+    seeds = [rng.randrange(1 << 30) for _ in range(6)]
     counts = [crash_a_crowd(seed, tmp_path) for seed in seeds]
     with capsys.disabled():
         n_moments, n_states = (sum(count) for count in zip(*counts, strict=True))
@@ -172,6 +182,39 @@ def test_the_next_log_is_not_prepared_under_the_rotation_that_needs_it():
     store, state = recover_crowd(SimulatedDirectory(killed))
     store.shutdown()
     assert state == {1: (1, bytes(200)), 2: (2, b"acknowledged")}
+
+
+def test_a_log_is_not_sealed_again_after_a_rotation_that_failed():
+    """The story: a batch made the log due, and compact() came in the same group.
+
+    The rotation for the batch sealed the log and failed behind that; then compact()
+    began a rotation of its own, and its end frame stood behind the first one: the store
+    could never be opened again. Seen when calls failed under crowds.
+    """
+    disk = Disk()
+    store, _ = recover_crowd(SimulatedDirectory(disk))
+    store.insert_batch([(1, (1, b"acknowledged"))])
+    running = store._engine
+    running._compactor.wait_idle()
+    due = Request(encode_batch([(2, (2, bytes(range(256)) * 10))], 1), True)
+
+    def commit_after(request: Request) -> None:
+        running._write_group([due, request])
+        if request.error is not None:
+            raise request.error
+
+    disk.before = lambda operation: Fault() if operation.kind == "rename" else None
+    with (
+        mock.patch.object(running._commits, "commit", commit_after),
+        pytest.raises(StoreFailedError, match="injected"),
+    ):
+        store.compact()
+    with contextlib.suppress(StoreFailedError):
+        store.shutdown()
+    store, state = recover_after_crowd(SimulatedDirectory(disk.copy()))
+    store.shutdown()
+    assert state[1] == (1, b"acknowledged")
+    assert len(state) == 2
 
 
 # The judge

@@ -23,6 +23,7 @@ from verbs import (
     apply,
     content,
     open_image,
+    read_image,
     recover_on,
     states,
     without_tail,
@@ -47,7 +48,7 @@ def sealed(image: Image, batches: list[Batch]) -> Image:
 
 def compacted(image: Image, batches: list[Batch]) -> Image:
     disk = Disk(image)
-    store, _ = recover_on(disk)
+    store, _ = recover_on(disk, threads=1)
     for batch in batches:
         store.insert_batch(batch)
     store.compact()
@@ -105,15 +106,17 @@ def check(image: Image) -> None:
     disk = Disk(image)
     if wanted is None:
         with pytest.raises(CorruptionError) as caught:
-            recover_on(disk)
+            recover_on(disk, threads=1)
         check_refusal(caught.value, image, disk)
         check_prefix(image)
         return
-    store, recovered = recover_on(disk)
-    store.shutdown()
+    store, recovered = recover_on(disk, threads=1)
     assert content(recovered) == wanted == STATES[recovered.report.sequence]
+    assert store.insert_batch(NEXT) == recovered.report.sequence + 1
+    store.shutdown()
     assert disk.opened == []
     check_bytes_are_kept(image, disk.live_image())
+    assert read_image(disk.live_image(), threads=1) == apply(wanted, NEXT)
 
 
 def check_refusal(error: CorruptionError, image: Image, disk: Disk) -> None:
@@ -138,20 +141,23 @@ def check_bytes_are_kept(image: Image, left: Image) -> None:
 
 
 def check_prefix(image: Image) -> None:
+    """A prefix is recovered, the rest kept, and nothing is refused any more."""
     disk = Disk(image)
-    store, recovered = recover_on(disk, on_damage="prefix")
+    store, recovered = recover_on(disk, threads=1, on_damage="prefix")
+    store.shutdown()
     found = content(recovered)
     report = recovered.report
     assert found == STATES[report.sequence]
     assert report.damage
     assert report.quarantined
     check_bytes_are_kept(image, disk.live_image())
+    store, recovered = recover_on(disk, threads=1)
+    assert content(recovered) == found
     assert store.insert_batch(NEXT) == report.sequence + 1
+    killed = disk.live_image()
     store.shutdown()
-    store, recovered = recover_on(disk)
-    store.shutdown()
-    assert content(recovered) == apply(found, NEXT)
-    check_bytes_are_kept(image, disk.live_image())
+    check_bytes_are_kept(image, killed)
+    assert read_image(killed, threads=1) == apply(found, NEXT)
 
 
 def check_each(images: Iterable[tuple[str, Image]]) -> None:

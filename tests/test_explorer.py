@@ -15,7 +15,7 @@ import pytest
 
 from crashes import Pending
 from disk import SECTOR_SIZE, Disk
-from explorer import Effort, Explorer, replay
+from explorer import Effort, Explorer, check, replay
 from histories import OPERATIONS, BrokenPromiseError, Recover, histories
 from metastore.directory import DirectoryProtocol
 from simulated import SimulatedDirectory
@@ -164,14 +164,17 @@ def test_a_wrong_store_is_found(bug):
     print(f"{bug}: after {finding.states} states: {finding}")
 
 
-def test_a_finding_is_made_again_from_its_path():
-    explorer = explored(naive("no sync"), length=3, findings_max=1)
+@pytest.mark.parametrize(
+    "bug",
+    ["no sync", "no sync of the directory", "no sync before the rename"],
+)
+def test_a_finding_is_made_again_from_its_path(bug):
+    explorer = explored(naive(bug), length=3, findings_max=1)
     (finding,) = explorer.findings
     assert isinstance(finding.error, BrokenPromiseError)
-    crash, disk = replay(naive("no sync"), finding.path)
-    _, state = naive()(SimulatedDirectory(disk.copy()))
+    crash, disk = replay(naive(bug), finding.path)
     with pytest.raises(BrokenPromiseError) as raised:
-        crash.trace.copy().recovered(state)
+        check(naive(bug), disk, crash.trace)
     assert str(raised.value) == str(finding.error)
 
 

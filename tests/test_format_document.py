@@ -101,7 +101,8 @@ def test_tables_of_the_snapshot() -> None:
     assert "<" + "".join(TYPE_FORMATS[name] for name in types) == (
         oracle.INDEX_BLOCK.format
     )
-    numpy_types = [layouts.INDEX_DTYPE[name].str for name in layouts.INDEX_DTYPE.names]
+    names = layouts.INDEX_DTYPE.names or ()
+    numpy_types = [layouts.INDEX_DTYPE[name].str for name in names]
     assert numpy_types == [{"u64": "<u8", "u32": "<u4"}[name] for name in types]
 
     form = table_format(trailer)

@@ -143,7 +143,7 @@ class StoreMachine(RuleBasedStateMachine):
         if not found:
             return
         last = found[-1]
-        place = data.draw(st.integers(last.offset, last.end - 1))
+        place = data.draw(st.integers(last.offset, last.payload_end - 1))
         image[name] = oracle.flip_bit(image[name], place, data.draw(st.integers(0, 7)))
         self.leave(image)
         del self.states[-1]

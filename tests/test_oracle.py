@@ -36,11 +36,13 @@ def two_blocks() -> bytes:
 # Payloads
 
 
+@settings(max_examples=50)
 @given(strategies.batches())
 def test_plain_round_trip(records: list[oracle.Record]) -> None:
     assert oracle.unpack_payload(oracle.pack_plain(records)) == records
 
 
+@settings(max_examples=50)
 @given(strategies.batches(size_min=1), strategies.choices)
 def test_packed_round_trip(
     records: list[oracle.Record], choices: tuple[oracle.ColumnChoice, ...]
@@ -48,6 +50,7 @@ def test_packed_round_trip(
     assert oracle.unpack_payload(oracle.pack_packed(records, choices)) == records
 
 
+@settings(max_examples=50)
 @given(strategies.blocks(), strategies.choices)
 def test_block_round_trip(
     records: list[oracle.Record], choices: tuple[oracle.ColumnChoice, ...]
@@ -93,6 +96,7 @@ def test_block_refuses(records: list[oracle.Record]) -> None:
         oracle.unpack_payload(payload, block=True)
 
 
+@settings(max_examples=50)
 @given(st.data())
 def test_changed_packed_payload_is_refused_or_consistent(data: st.DataObject) -> None:
     payload = oracle.pack_packed(SORTED)
@@ -112,7 +116,7 @@ def test_changed_packed_payload_is_refused_or_consistent(data: st.DataObject) ->
 # Logs
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(st.lists(strategies.batches(), max_size=4), st.booleans(), st.integers(0, 100))
 def test_log_round_trip(
     batches: list[list[oracle.Record]], sealed: bool, n_zeros: int
@@ -182,6 +186,9 @@ def test_every_bit_of_a_sealed_log_counts() -> None:
                 log = oracle.read_log(damaged, 3, bound, newest)
                 assert log.batches == whole.batches
                 assert log.end is None
+                continue
+            if bound is not None and offset >= end:  # not read
+                assert oracle.read_log(damaged, 3, bound, newest).batches
                 continue
             with pytest.raises(oracle.OracleError):
                 oracle.read_log(damaged, 3, bound, newest)

@@ -20,7 +20,6 @@ from verbs import (
     files,
     logs,
     numbered,
-    put,
     read,
     run,
     states,
@@ -116,11 +115,11 @@ def test_a_thousand_kills(db, rng):
 
 # Processes that kill themselves right before a call that matters
 
-SUICIDE = """
-import os, signal, sys
+SUICIDES = """
+import itertools, os, shutil, signal, sys, traceback
 from metastore import MetadataStore
 
-left = int(sys.argv[2])
+origin, work, what = sys.argv[1:]
 
 def deadly(function):
     def wrapped(*arguments, **options):
@@ -131,17 +130,29 @@ def deadly(function):
         return function(*arguments, **options)
     return wrapped
 
-for name in ("pwrite", "pwritev", "fsync", "fdatasync", "rename", "unlink", "mkdir"):
-    setattr(os, name, deadly(getattr(os, name)))
-"""
-RECOVER = """
-store, _ = MetadataStore.recover(sys.argv[1], on_damage="prefix")
-store.shutdown()
-"""
-COMPACT = """
-store, _ = MetadataStore.recover(sys.argv[1])
-store.compact()
-store.shutdown()
+for n in itertools.count(1):
+    path = os.path.join(work, str(n))
+    shutil.copytree(origin, path)
+    pid = os.fork()
+    if pid == 0:
+        left = n
+        for name in "pwrite pwritev fsync fdatasync rename unlink mkdir".split():
+            setattr(os, name, deadly(getattr(os, name)))
+        try:
+            store, _ = MetadataStore.recover(path, on_damage="prefix")
+            if what == "compaction":
+                store.compact()
+            store.shutdown()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code == 0:
+        break
+    if code != -signal.SIGKILL:
+        sys.exit(f"exit code {code} at call {n}")
 """
 
 
@@ -167,30 +178,22 @@ def damaged(path: Path) -> State:
     return states(numbered(4))[-1]
 
 
-@pytest.mark.parametrize(
-    ("prepare", "what"),
-    [(torn, RECOVER), (damaged, RECOVER), (torn, COMPACT)],
-    ids=["recovery", "recovery-of-damage", "compaction"],
-)
+@pytest.mark.parametrize("what", ["recovery", "compaction"])
+@pytest.mark.parametrize("prepare", [torn, damaged])
 def test_a_kill_before_each_system_call(tmp_path, prepare, what):
     expected = prepare(tmp_path / "origin")
-    image = files(tmp_path / "origin")
-    options = {"on_damage": "prefix"} if what is RECOVER else {}
-    n = 1
-    while True:
-        path = tmp_path / "db"
-        put(path, image)
-        done = run(SUICIDE + what, path, n)
-        assert done.returncode in (0, -signal.SIGKILL), done.stderr
-        if prepare is torn:
-            options = {}
-        assert read(path, **options) == expected
-        assert read(path) == expected
-        if done.returncode == 0:
-            break
-        n += 1
-    assert n > 5
-    print(f"{n - 1} kills")
+    (tmp_path / "work").mkdir()
+    done = run(SUICIDES, tmp_path / "origin", tmp_path / "work", what)
+    assert done.returncode == 0, done.stderr
+    killed = sorted((tmp_path / "work").iterdir(), key=lambda path: int(path.name))
+    assert len(killed) > 10
+    for path in killed:
+        if prepare is damaged:
+            assert read(path, on_damage="prefix") == expected, path.name
+        assert read(path) == expected, path.name
+        assert write(path, numbered(1, 20)), path.name
+        assert read(path)[20] == (20, b"last"), path.name
+    print(f"{len(killed)} calls")
 
 
 # The lock

@@ -320,6 +320,8 @@ def test_stats_are_a_dataclass_that_follows_the_store(recover):
     assert (compacted.n_logs_sealed, compacted.logs_sealed_size) == (0, 0)
     with pytest.raises(AttributeError):
         after.sequence = 1
+    store.shutdown()
+    assert store.stats().sequence == 4
 
 
 def test_shutdown_is_idempotent(db, recover):

@@ -242,6 +242,21 @@ def test_arrays_of_random_keys_come_back_identical(db, recover, rng):
         )
 
 
+def test_a_batch_of_more_than_64_mib(db, recover):
+    """It is stored plain, whatever packing would save, and read in many windows."""
+    n_records = 3_400_000
+    keys = np.arange(n_records, dtype=np.uint64)[::-1]
+    store, _ = recover()
+    store.insert_batch([(1, (7, b"before"))])
+    store.insert_arrays(keys, np.ones(n_records, np.uint64))
+    store.insert_batch([(2, (7, b"behind"))])
+    store.shutdown()
+    _, recovered = recover()
+    assert np.array_equal(recovered.keys, keys[::-1])
+    assert recovered[2] == (2, 7, b"behind")
+    assert recovered.values.sum() == n_records + 6
+
+
 # sync
 
 

@@ -191,6 +191,34 @@ def test_shutdown_races_with_writers(db, recover, n_before):
     assert recovered.report.sequence == len(acknowledged)
 
 
+def test_shutdown_races_with_everything_else(db, recover):
+    """Whoever waits for a compaction or a sync is let go at the shutdown."""
+    for n_before in (0, 3, 10):
+        store, _ = recover(log_size_bytes_min=500)
+        calls = (
+            lambda i: store.insert_batch([(i, (1, b""))], sync=False),  # noqa: B023
+            lambda i: store.compact(),  # noqa: B023
+            lambda i: store.sync(),  # noqa: B023
+        )
+
+        def work(thread: int, store: MetadataStore = store, n: int = n_before) -> int:
+            i = 0
+            try:
+                while thread or i < n:
+                    calls[thread % 3](i)  # noqa: B023
+                    i += 1
+            except StoreClosedError:
+                pass
+            store.shutdown()
+            return i
+
+        in_threads(6, work)
+        assert store.stats().failure is None
+        again, recovered = recover()
+        again.shutdown()
+        assert recovered.report.is_clean
+
+
 def test_shutdown_waits_for_writers_that_are_in_time(db, recover):
     """Those that shut down together with the last writers lose nothing."""
     for _ in range(10):

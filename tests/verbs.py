@@ -94,6 +94,11 @@ def files(path: Path) -> Image:
     }
 
 
+def lasting(path: Path) -> Image:
+    """What lies in `path` but for what a store writes ahead in the background."""
+    return {name: data for name, data in files(path).items() if ".tmp" not in name}
+
+
 def put(path: Path, image: Image) -> None:
     """Make `path` a directory that holds exactly `image`."""
     if path.exists():
@@ -139,6 +144,11 @@ class Span:
     sequence: int
     durable: int
     n_records: int
+    payload_size: int
+
+    @property
+    def payload_end(self) -> int:
+        return self.offset + oracle.FRAME_HEADER.size + self.payload_size
 
     @property
     def end(self) -> int:
@@ -155,7 +165,9 @@ def spans(data: bytes) -> list[Span]:
         )
         size = oracle.FRAME_HEADER.size + payload_size
         size += oracle.padding_size(size)
-        found.append(Span(offset, size, kind, sequence, durable, n_records))
+        found.append(
+            Span(offset, size, kind, sequence, durable, n_records, payload_size)
+        )
     return found
 
 
