@@ -250,6 +250,7 @@ class Engine:
         for request in group:
             if request.action is not None:
                 try:
+                    self.check()  # an action before may have closed the store
                     request.action()
                 except BaseException as error:
                     request.error = error

@@ -107,17 +107,23 @@ def decode(data: memoryview, table: Table) -> tuple[Columns, int, int]:
     status : int
         What is wrong with the next one, or 0.
     """
-    n_records = table[:, _codec.ROW_RECORDS].tolist()
-    sizes = table[:, _codec.ROW_USER_DATA_SIZE].tolist()
-    columns = Columns.allocate(sum(n_records), sum(sizes))
-    whole = columns.target(0, len(columns), 0, sum(sizes))
+    n_records, size = _totals(table)
+    columns = Columns.allocate(n_records, size)
+    whole = columns.target(0, n_records, 0, size)
     n, status = decode_into(data, table, whole, 0)
     if n < len(table):
-        end = sum(sizes[:n])
-        columns = Columns(
-            *columns.part(0, sum(n_records[:n])).arrays()[:3], columns.user_data[:end]
-        )
+        n_records, size = _totals(table[:n])
+        keys, values, offsets, user_data = columns.part(0, n_records).arrays()
+        columns = Columns(keys, values, offsets, user_data[:size])
     return columns, n, status
+
+
+def _totals(table: Table) -> tuple[int, int]:
+    """Return records and user data size of scanned frames; both were bounded there."""
+    return (
+        int(table[:, _codec.ROW_RECORDS].sum()),
+        int(table[:, _codec.ROW_USER_DATA_SIZE].sum()),
+    )
 
 
 def corruption(

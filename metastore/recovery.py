@@ -254,7 +254,7 @@ class Content:
 
     @property
     def ends_sealed(self) -> bool:
-        """Whether the newest log that stays, if any, needs no later one as its bound."""
+        """Whether the newest log that stays needs no later one as its bound."""
         empty = self.empty_logs
         kept = [log for name, log, _ in self.logs if name not in empty]
         return not kept or (kept[-1].is_sealed and kept[-1].damage is None)
