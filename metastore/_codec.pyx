@@ -607,6 +607,11 @@ cdef int _decode_plain(const uint8_t* payload, Row* row, Target* to) noexcept no
     cdef Py_ssize_t n = row.n_records
     if n == 0:
         return OK
+    if n == 1 and row.user_data_size == 8:  # a common frame, without calls
+        ms_store_u64(to.keys, ms_load_u64(payload))
+        ms_store_u64(to.values, ms_load_u64(payload + 8))
+        ms_store_u64(to.user_data, ms_load_u64(payload + 20))
+        return _ends_of(payload + 16, 1, 8, to)
     memcpy(to.keys, payload, 8 * n)
     memcpy(to.values, payload + 8 * n, 8 * n)
     if row.user_data_size:

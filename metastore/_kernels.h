@@ -19,6 +19,7 @@
 #define MS_HARDWARE_CRC 1
 #define MS_CRC_TARGET __attribute__((target("sse4.2")))
 #define MS_CRC_U8(crc, value) _mm_crc32_u8((uint32_t)(crc), (value))
+#define MS_CRC_U32(crc, value) _mm_crc32_u32((uint32_t)(crc), (value))
 #define MS_CRC_U64(crc, value) ((uint32_t)_mm_crc32_u64((crc), (value)))
 #elif defined(__aarch64__)
 #include <arm_acle.h>
@@ -30,6 +31,7 @@
 #define MS_HARDWARE_CRC 1
 #define MS_CRC_TARGET __attribute__((target("+crc")))
 #define MS_CRC_U8(crc, value) __crc32cb((uint32_t)(crc), (value))
+#define MS_CRC_U32(crc, value) __crc32cw((uint32_t)(crc), (value))
 #define MS_CRC_U64(crc, value) __crc32cd((uint32_t)(crc), (value))
 #endif
 
@@ -123,6 +125,11 @@ MS_CRC_TARGET static uint32_t ms_crc_by_hardware(uint32_t crc, const uint8_t *da
     crc = ms_crc_strides(crc, &data, &size, MS_SHORT_STRIDE, ms_shift_short);
     for (; size >= 8; size -= 8, data += 8)
         crc = MS_CRC_U64(crc, ms_load_u64(data));
+    if (size >= 4) {
+        crc = MS_CRC_U32(crc, ms_load_u32(data));
+        data += 4;
+        size -= 4;
+    }
     for (; size > 0; size--)
         crc = MS_CRC_U8(crc, *data++);
     return crc;

@@ -25,14 +25,21 @@ from metastore.format import (
     FileHeader,
     log_seed,
 )
-from metastore.frames import Table, corruption, decode, new_table
+from metastore.frames import Table, corruption, decode_into, new_table, totals
 from metastore.parallel import ordered_map
 
 __all__ = ["LogContent", "LogWriter", "prepare_log", "read_log"]
 
 #: A log is read, and its payloads are decoded, in windows of this size.
-_WINDOW_SIZE = 8 << 20
-_WINDOW_FRAMES = 1 << 16
+_WINDOW_SIZE = 1 << 20
+_WINDOW_SIZE_LARGE = 32 << 20
+_WINDOW_FRAMES = 1 << 14
+
+#: Room for a log is taken for this much more than its first window lets expect, and at
+#: most for so many bytes per byte of the log; a record takes this much beside its data.
+_EXTENT_MARGIN = 1.02
+_EXTENT_SIZE_PER_BYTE = 8
+_RECORD_SIZE = 24
 
 #: Zeros are written ahead of small frames, so that their sync writes no metadata: as
 #: much as the log is long, within these bounds. Frames above the last size bring none.
@@ -184,6 +191,79 @@ class _Window:
     table: Table
 
 
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where the records of a window go: an extent, and the first free place in it."""
+
+    extent: int
+    record: int
+    user_data: int
+
+
+class _Extents:
+    """Room for the records of a log, so that windows decode into it side by side.
+
+    The first window tells how much room the whole log will need; a log that is uneven
+    takes a further extent.
+    """
+
+    def __init__(self, log_size: int) -> None:
+        self._left = log_size
+        self._extents: list[Columns] = []
+        #: Records and bytes of user data that are taken, per extent.
+        self._taken: list[tuple[int, int]] = []
+
+    def reserve(self, window: _Window) -> _Place:
+        """Return a place with room for the window's records."""
+        n, size = totals(window.table)
+        if not self._extents or not self._fits(n, size):
+            self._extend(n, size, len(window.data))
+        self._left -= len(window.data)
+        record, user_data = self._taken[-1]
+        self._taken[-1] = record + n, user_data + size
+        return _Place(len(self._extents) - 1, record, user_data)
+
+    def _fits(self, n: int, size: int) -> bool:
+        record, user_data = self._taken[-1]
+        extent = self._extents[-1]
+        return len(extent) - record >= n and len(extent.user_data) - user_data >= size
+
+    def _extend(self, n: int, size: int, window_size: int) -> None:
+        share = max(1.0, self._left / window_size * _EXTENT_MARGIN)
+        # A frame of few bytes may unpack to many: one window's claim must not reserve
+        # much more than a log of plain frames could need.
+        limit = _EXTENT_SIZE_PER_BYTE * self._left
+        n_records = max(n, min(int(n * share) + 1, limit // _RECORD_SIZE))
+        user_data_size = max(size, min(int(size * share) + 1, limit))
+        self._extents.append(Columns.allocate(n_records, user_data_size))
+        self._taken.append((0, 0))
+
+    def decode(self, window: _Window, place: _Place) -> tuple[int, int]:
+        """Decode a window into its place; see ``_codec.decode_frames``."""
+        n, size = totals(window.table)
+        start, low = place.record, place.user_data
+        target = self._extents[place.extent].target(start, start + n, low, low + size)
+        return decode_into(window.data, window.table, target, low)
+
+    def cut(self, place: _Place, table: Table) -> None:
+        """Give up everything behind the frames of `table` in the window at `place`."""
+        n, size = totals(table)
+        del self._extents[place.extent + 1 :], self._taken[place.extent + 1 :]
+        self._taken[place.extent] = place.record + n, place.user_data + size
+
+    def parts(self) -> list[Columns]:
+        """Return what was decoded."""
+        return [
+            Columns(
+                extent.keys[:n],
+                extent.values[:n],
+                extent.offsets[: n + 1],
+                extent.user_data[:size],
+            )
+            for extent, (n, size) in zip(self._extents, self._taken, strict=True)
+        ]
+
+
 class _Source:
     """Windows of a file: slices of a map, or copies if the file may still change."""
 
@@ -236,20 +316,24 @@ def read_log(
     scan = _Scan(source, header, bound, file.path)
     content = LogContent([], 0, header.sequence, FILE_HEADER_SIZE, False, 0, None)
 
-    def decode_window(window: _Window) -> tuple[_Window, Columns, int, int]:
-        return (window, *decode(window.data, window.table))
+    extents = _Extents(source.size)
 
+    def decode(job: tuple[_Window, _Place]) -> tuple[_Window, _Place, int, int]:
+        return (*job, *extents.decode(*job))
+
+    jobs = ((window, extents.reserve(window)) for window in scan)
     bad: tuple[int, int] | None = None
-    for window, columns, n, status in ordered_map(decode_window, scan, threads):
-        content.parts.append(columns)
+    for window, place, n, status in ordered_map(decode, jobs, threads):
         content.n_batches += n
         content.sequence += n
         if n < len(window.table):
             bad = window.offset + int(window.table[n, _codec.ROW_OFFSET]), status
+            extents.cut(place, window.table[:n])
             break
         content.end = window.offset + len(window.data)
         if on_bytes:
             on_bytes(len(window.data))
+    content.parts = extents.parts()
     if bad is None:
         bad = scan.stop, scan.status
         content.is_sealed = scan.status == _codec.SCAN_SEALED
@@ -291,13 +375,13 @@ class _Scan:
             self.stop = start + used
             if n:
                 yield _Window(data[:used], start, table[:n])
-            size = _WINDOW_SIZE
             at_end = start + len(data) == self._source.size
             if self.status == _codec.SCAN_INCOMPLETE and not at_end:
                 claimed = _codec.frame_size(data, used)
                 if claimed > self._source.size - self.stop:
                     return
-                size = max(size, claimed)
+                # The next ones may be like it; half of a window read twice is enough.
+                size = max(size, claimed, min(4 * claimed, _WINDOW_SIZE_LARGE))
             elif self.status == _codec.SCAN_NO_BYTES and not at_end:
                 continue
             elif self.status != _codec.SCAN_MORE or self._sequence == self._bound:
