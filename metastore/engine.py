@@ -6,6 +6,7 @@ arguments, and the compaction thread holds it, not the face.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -412,14 +413,15 @@ class Engine:
         if self.is_forked:
             return
         self._is_closed = True
-        self._compactor.stop()
-        with self._prepare_mutex:
-            if self._prepared is not None:
-                self._prepared[1].close()
-                self._prepared = None
-        self._log.close()
-        self._directory.close()
         _engines.discard(self)
+        self._compactor.stop()
+        with contextlib.ExitStack() as stack:  # the lock goes even if a close fails
+            stack.callback(self._directory.close)
+            stack.callback(self._log.close)
+            with self._prepare_mutex:
+                if self._prepared is not None:
+                    stack.callback(self._prepared[1].close)
+                    self._prepared = None
 
     def forget_after_fork(self) -> None:
         """In a forked child: let go of the descriptors, and with them of the lock."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -63,3 +64,12 @@ def recover(db: Path) -> Iterator[Recover]:
     yield recover_here
     for store in stores:
         store.shutdown()
+
+
+@pytest.fixture
+def frequent_switches() -> Iterator[None]:
+    """Let the interpreter change threads far more often than it would."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)

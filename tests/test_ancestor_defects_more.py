@@ -164,6 +164,7 @@ def test_12_shutdown_returns_when_everything_is_let_go(db):
     assert read(db) == states(numbered(100))[-1]
 
 
+@pytest.mark.usefixtures("frequent_switches")
 def test_12_shutdown_from_many_threads_at_once(db):
     store, _ = MetadataStore.recover(db, log_size_bytes_min=1)
     for batch in numbered(20):
@@ -188,9 +189,10 @@ def test_12_shutdown_from_many_threads_at_once(db):
     assert reopened == [states(numbered(20))[-1]] * 8
 
 
+@pytest.mark.usefixtures("frequent_switches")
 def test_12_shutdown_from_many_threads_seals_once():
     """Those that come while another shuts down must not write behind the end."""
-    for n_batches in range(20):
+    for n_batches in range(40):
         disk = Disk()
         store, _ = recover_on(disk, inline=False)
         for batch in numbered(n_batches):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -16,13 +15,7 @@ from verbs import State, content, read
 TIMEOUT_SECONDS = 60
 
 
-@pytest.fixture(autouse=True)
-def small_switch_interval() -> Iterator[None]:
-    """Let the interpreter change threads far more often than it would."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(before)
+pytestmark = pytest.mark.usefixtures("frequent_switches")
 
 
 def in_threads(n_threads: int, work: Callable[[int], object]) -> list[object]:
