@@ -45,8 +45,19 @@ def _zeroed(path: str, size: int) -> int:
     return descriptor
 
 
-def write_and_sync(path: str, size: int, n_writes: int) -> list[int]:
-    """Write `size` bytes and sync, again and again, into a file of zeros.
+def write_and_sync(
+    path: str, size: int, n_writes: int, zeroed: bool = True
+) -> list[int]:
+    """Write `size` bytes and sync, again and again.
+
+    Parameters
+    ----------
+    path : str
+        A new file; it is removed at the end.
+    size, n_writes : int
+        How much, and how often.
+    zeroed : bool
+        Whether the file is full of durable zeros before, or grows.
 
     Returns
     -------
@@ -55,7 +66,7 @@ def write_and_sync(path: str, size: int, n_writes: int) -> list[int]:
     """
     data = os.urandom(min(size, _CHUNK_SIZE)) * (size // _CHUNK_SIZE + 1)
     data = data[:size]
-    descriptor = _zeroed(path, size * n_writes)
+    descriptor = _zeroed(path, size * n_writes if zeroed else 0)
     latencies_ns = []
     try:
         for number in range(n_writes):

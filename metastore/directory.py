@@ -32,6 +32,7 @@ __all__ = [
     "Listing",
     "parse_listing",
     "publish",
+    "release_pages",
 ]
 
 Buffer = bytes | bytearray | memoryview
@@ -382,6 +383,18 @@ class Directory:
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
+
+
+def release_pages(view: memoryview, start: int, stop: int) -> None:
+    """Give the pages of a part of a map that was read back to the page cache.
+
+    They stay readable; but they do not count as this process's memory any more.
+    """
+    if isinstance(view.obj, mmap.mmap):
+        start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = stop // mmap.PAGESIZE * mmap.PAGESIZE - start
+        if size > 0:
+            view.obj.madvise(mmap.MADV_DONTNEED, start, size)
 
 
 def publish(directory: DirectoryProtocol, name: FileName) -> None:

@@ -15,6 +15,7 @@ from metastore.directory import (
     FileName,
     FileProtocol,
     publish,
+    release_pages,
 )
 from metastore.errors import CorruptionError
 from metastore.format import (
@@ -283,6 +284,11 @@ class _Source:
             )
         return data
 
+    def release(self, offset: int, size: int) -> None:
+        """Say that a part is not needed any more."""
+        if self._view is not None:
+            release_pages(self._view, offset, offset + size)
+
 
 def read_log(
     file: FileProtocol,
@@ -331,6 +337,7 @@ def read_log(
             extents.cut(place, window.table[:n])
             break
         content.end = window.offset + len(window.data)
+        source.release(window.offset, len(window.data))
         if on_bytes:
             on_bytes(len(window.data))
     content.parts = extents.parts()

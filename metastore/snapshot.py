@@ -12,7 +12,13 @@ import numpy.typing as npt
 
 from metastore import _codec
 from metastore.columns import Columns
-from metastore.directory import DirectoryProtocol, FileName, FileProtocol, publish
+from metastore.directory import (
+    DirectoryProtocol,
+    FileName,
+    FileProtocol,
+    publish,
+    release_pages,
+)
 from metastore.errors import CorruptionError
 from metastore.format import (
     BLOCK_RECORDS_TARGET,
@@ -171,7 +177,13 @@ class SnapshotReader:
         """Decode and check one block."""
         columns, n, status = decode(self.view, self._table[block : block + 1])
         self._check_block(block, n, status, columns)
+        self._release(block)
         return columns
+
+    def _release(self, block: int) -> int:
+        start, stop = self.block_range(block)
+        release_pages(self.view, start, stop)
+        return stop - start
 
     def read_all(
         self, threads: int = 1, on_bytes: Callable[[int], None] | None = None
@@ -191,8 +203,7 @@ class SnapshotReader:
                 low,
             )
             self._check_block(block, n, status, whole.part(start, stop))
-            low, high = self.block_range(block)
-            return high - low
+            return self._release(block)
 
         for size in ordered_map(read, range(self.n_blocks), threads):
             if on_bytes:
@@ -212,6 +223,7 @@ class SnapshotReader:
                     self.view[offset:end],
                     self._seed,
                 )
+            self._release(block)
 
         for _ in ordered_map(check, range(self.n_blocks), threads):
             pass
@@ -320,7 +332,10 @@ class SnapshotWriter:
         rows["offset"] += np.uint64((self.size - first) % 2**64)
         self._rows.append(rows)
         for offset in range(first, end, _WRITE_SIZE):
-            self._put(reader.view[offset : min(offset + _WRITE_SIZE, end)])
+            stop = min(offset + _WRITE_SIZE, end)
+            self._put(reader.view[offset:stop])
+            self._write_pending()
+            release_pages(reader.view, offset, stop)
 
     def publish(self) -> int:
         """Write index and trailer, sync, rename, sync directory; return the size."""

@@ -197,7 +197,7 @@ class LongStoreMachine(StoreMachine):
     pass
 
 
-TestLongStore = pytest.mark.slow(LongStoreMachine.TestCase)
+TestLongStore = pytest.mark.timeout(3600)(pytest.mark.slow(LongStoreMachine.TestCase))
 TestLongStore.settings = hypothesis.settings(
     hypothesis.settings.get_profile("metastore"),
     max_examples=3000,

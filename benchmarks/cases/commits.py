@@ -21,7 +21,8 @@ from benchmarks.settings import NO_ROTATION, Settings, insert_arrays
 
 __all__ = ["Load", "c1", "c2", "c3", "c4", "c5", "c6", "commit_rate"]
 
-BARE = "bare pwrite + fdatasync"
+BARE = "bare pwrite + fdatasync, zeroed file"
+APPENDING = "bare pwrite + fdatasync, growing file"
 GROUPS = "bare writes of as many frames"
 #: Stored bytes of a batch of one record with 8 bytes of user data.
 _ONE_RECORD_FRAME_SIZE = 80
@@ -132,11 +133,13 @@ def measured(
     return lambda: settings.with_scratch(run)
 
 
-def _bare(settings: Settings, size: int, n_writes: int) -> list[int]:
+def _bare(
+    settings: Settings, size: int, n_writes: int, *, zeroed: bool = True
+) -> list[int]:
     """Return the latencies of the bare loop."""
     path = settings.scratch()
     latencies_ns: list[int] = isolated(
-        limits.write_and_sync, path, size, n_writes
+        limits.write_and_sync, path, size, n_writes, zeroed
     ).result
     return latencies_ns
 
@@ -164,8 +167,8 @@ def _ancestor(settings: Settings, load: Load, field: str) -> Callable[[], float]
 
 
 def c1(settings: Settings) -> list[Row]:
-    """Durable one-record commits, one thread."""
-    load = Load(settings.n(20_000), 1, 1)
+    """Durable one-record commits, one thread; in many short turns."""
+    load = Load(settings.n(5_000), 1, 1)
     kept: dict[str, Any] = {}
     bare_ns: list[int] = []
 
@@ -179,7 +182,7 @@ def c1(settings: Settings) -> list[Row]:
     }
     if settings.ancestor:
         sides[ANCESTOR] = _ancestor(settings, load, "batches_per_s")
-    samples = alternate(settings.repeat, sides)
+    samples = alternate(4 * settings.repeat, sides)
     row = Row(
         "C1",
         "durable commits of one record, 1 thread",
@@ -288,13 +291,18 @@ def c4(settings: Settings) -> list[Row]:
         sizes.append(size)
         return float(rate)
 
-    def bare() -> float | None:
-        if not sizes:  # its size is what we store
-            settings.with_scratch(ours)
-        return _rate(_bare(settings, sizes[0], n_batches), batch_records)
+    def bare(zeroed: bool) -> float:
+        latencies_ns = _bare(settings, sizes[0], n_batches, zeroed=zeroed)
+        return _rate(latencies_ns, batch_records)
 
+    settings.with_scratch(ours)  # tells how many bytes we store
     samples = alternate(
-        settings.repeat, {OURS: lambda: settings.with_scratch(ours), BARE: bare}
+        settings.repeat,
+        {
+            OURS: lambda: settings.with_scratch(ours),
+            APPENDING: lambda: bare(False),
+            BARE: lambda: bare(True),
+        },
     )
     row = Row(
         "C4",
@@ -303,7 +311,7 @@ def c4(settings: Settings) -> list[Row]:
         samples,
         extra={"batch_size": sizes[0]},
     )
-    return [row.of_limit(BARE, 0.5)]
+    return [row.of_limit(APPENDING, 0.5).beside(BARE)]
 
 
 def _latencies_of(
