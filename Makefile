@@ -63,8 +63,24 @@ types: setup  ## mypy --strict, and the stubs held to the extensions
 	$(BIN)/mypy --strict metastore
 	$(BIN)/python -m mypy.stubtest $(EXTENSIONS)
 
-stress: setup  ## the long campaigns: crashes, kills, faults, fuzzing
-	$(BIN)/python -m pytest -m slow --timeout 7200 -rs $(ARGS)
+# Each campaign prints its seed and its counts; `make -k stress` goes on behind one that
+# found something. METASTORE_TEST_SEED=... repeats them, STRESS_SECONDS is how long the
+# fuzzer runs, and test_crash_states.py says what sizes the first.
+STRESS_SECONDS ?= 3600
+CAMPAIGN := $(BIN)/python -m pytest -m slow -s -rs --timeout 0
+CAMPAIGNS := test_crash_states test_crowd test_processes test_damage
+
+stress: $(CAMPAIGNS:%=stress-%) stress-rest stress-fuzz  ## the long campaigns (hours)
+
+stress-test_%: setup
+	$(CAMPAIGN) tests/test_$*.py $(ARGS)
+
+stress-rest: setup
+	$(CAMPAIGN) $(CAMPAIGNS:%=--ignore tests/%.py) --ignore tests/test_fuzz.py $(ARGS)
+
+stress-fuzz: setup
+	METASTORE_FUZZ_SECONDS=$(STRESS_SECONDS) $(MAKE) sanitize \
+	    ARGS="-m slow -s --timeout 0 tests/test_fuzz.py $(ARGS)"
 
 bench: $(VENV)/.extra-bench  ## all benchmarks, into docs/performance.md (hours)
 	$(BIN)/python -m benchmarks --json benchmarks/results.json --report $(ARGS)
@@ -124,4 +140,4 @@ clean:  ## remove everything that was built, .venv too
 	find . -name __pycache__ -exec rm -rf {} +
 
 .PHONY: bench bench-quick clean coverage debug demo docs help lint matrix sanitize \
-	setup stress test types
+	setup stress stress-fuzz stress-rest test types

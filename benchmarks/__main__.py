@@ -32,7 +32,9 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         epilog="Cases: "
         + "; ".join(f"{case.name} {case.title}" for case in CASES.values()),
     )
-    parser.add_argument("--only", metavar="R1,C2", help="run these cases only")
+    parser.add_argument(
+        "--only", metavar="R1,C2", help="run these cases only; '' runs none"
+    )
     parser.add_argument("--repeat", type=int, default=5, help="rounds (default 5)")
     parser.add_argument(
         "--scale", type=float, default=1.0, help="size of every case (default 1)"
@@ -195,10 +197,13 @@ def main(argv: list[str]) -> int:
         if arguments.repeat < 1 or arguments.scale <= 0:
             raise BenchmarkError("--repeat and --scale must be positive")
         figures = report.Figures(arguments.json)
-        succeeded = _measure(arguments, figures)
+        succeeded = not _chosen(arguments) or _measure(arguments, figures)
         if arguments.report:
             report.write(figures.content)
     except BenchmarkError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+import tempfile
 from typing import Any
 
 from benchmarks.measure import BenchmarkError
@@ -58,10 +59,13 @@ def check_directory(path: str, needed_size: int) -> None:
     """
     if not os.path.isdir(path):
         raise BenchmarkError(f"no such directory: {path}")
-    if not os.access(path, os.W_OK | os.X_OK):
+    try:
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
         raise BenchmarkError(
-            f"the directory cannot be written to: {path}. Choose one with --directory"
-        )
+            f"the directory cannot be written to ({error.strerror}): {path}. Choose "
+            "another one with --directory"
+        ) from error
     kind = file_system(path)
     if kind in ("tmpfs", "ramfs"):
         raise BenchmarkError(

@@ -31,10 +31,12 @@ class Figures:
         self._path = path
         self.content: dict[str, Any] = {"machine": {}, "missing": [], "cases": {}}
         if path and os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                self.content = json.load(file)
-            if "cases" not in self.content:
-                raise BenchmarkError(f"not a file of figures: {path}")
+            try:
+                with open(path, encoding="utf-8") as file:
+                    self.content = json.load(file)
+                self.content["cases"], self.content["machine"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise BenchmarkError(f"not a file of figures: {path}") from error
 
     def begin(self, machine: dict[str, Any], missing: list[str]) -> None:
         """Note what runs where; figures of another machine do not mix with these."""

@@ -42,7 +42,8 @@ def _uint64s(name: str, array: Any) -> Uint64s:
     if found.dtype.kind == "i" and found.size and int(found.min()) < 0:
         at = int(np.flatnonzero(found < 0)[0])
         raise OverflowError(f"{name}[{at}] is {int(found[at])}, outside 0 .. 2**64 - 1")
-    return np.require(found, np.uint64, ["C", "A"])
+    # A copy: the caller may change the array while it is checked and encoded.
+    return np.array(found, dtype=np.uint64, order="C")
 
 
 def _bytes_of(user_data: Any) -> Uint8s:

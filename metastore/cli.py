@@ -1,7 +1,8 @@
-"""The commands: ``metastore info``, ``verify``, ``dump`` and ``demo``.
+"""The commands: ``metastore info``, ``verify``, ``dump``, ``repair`` and ``demo``.
 
-All but the demo only look: they take no lock and change nothing, so that they also work
-on a read-only directory, and while a live store writes.
+The first three only look: they take no lock and change nothing, so that they also work
+on a read-only directory, and while a live store writes. Repair writes into a directory
+of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from metastore import demo
+from metastore import demo, repair
 from metastore.errors import CorruptionError, MetastoreError
 from metastore.format import FORMAT_VERSION
 from metastore.look import (
@@ -45,13 +46,30 @@ EXIT_OUTPUT_CLOSED = 141
 _EPILOG = """\
 exit status:
   0    fine
-  1    damage in the store, or a difference found by the demo
+  1    damage in the store, something lost that repair could not save, or a difference
+       found by the demo
   2    wrong usage, no store, or an error of the operating system
   130  interrupted
   141  nobody reads the output any more
 
 info, verify and dump take no lock and change nothing: use them on a read-only
-directory, or on a store that a process is writing to."""
+directory, or on a store that a process is writing to. repair reads DIR in the same way,
+and writes only into DEST."""
+
+_REPAIR = """\
+Saves what is provably whole from a damaged store into a new one. DIR is only read.
+DEST, which must be missing or empty, gets
+
+  quarantine/original   a copy of every file of DIR, made first
+  snapshot_...          the new store; it opens as any other
+
+By default every batch is saved whose frame is whole, also behind missing ones, and
+every whole block of a damaged snapshot. That is the most that can be saved, but it may
+be a state that the store never had: a record that a lost batch changed or deleted is as
+it was before. What is missing is named by sequence, offset and range of keys.
+
+With --prefix only the longest run of batches is saved of which none is missing: a state
+that the store had. A torn tail, never acknowledged, is not saved either way."""
 
 
 # ---- info ----
@@ -223,6 +241,25 @@ def _dump(arguments: argparse.Namespace) -> int:
     return EXIT_FINE
 
 
+# ---- repair ----
+
+
+def _repair(arguments: argparse.Namespace) -> int:
+    with Progress("copying", 0, "bytes") as progress:
+        report = repair.repair(
+            arguments.directory,
+            arguments.destination,
+            prefix_only=arguments.prefix,
+            progress=progress.report,
+        )
+    if arguments.json:
+        print(json.dumps(report.as_json(), indent=2))
+    else:
+        for line in str(report).splitlines():
+            print(_one_line(line))
+    return EXIT_FINE if report.is_complete else EXIT_DAMAGE
+
+
 # ---- demo ----
 
 
@@ -288,6 +325,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = _Commands(parser)
     _add_looks(commands)
+    _add_repair(commands)
     _add_demo(commands)
     return parser
 
@@ -317,6 +355,27 @@ def _add_looks(commands: _Commands) -> None:
     )
     for command in (info, verify, dump):
         command.add_argument("directory", metavar="DIR", help="the store's directory")
+
+
+def _add_repair(commands: _Commands) -> None:
+    command = commands.add(
+        "repair",
+        _repair,
+        "save what is whole in a damaged store into a new one",
+        "db db-repaired",
+        "--prefix --json db db-repaired | jq .missing",
+    )
+    command.description = _REPAIR
+    command.add_argument(
+        "--prefix",
+        action="store_true",
+        help="save nothing that lies behind a missing batch",
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.add_argument("directory", metavar="DIR", help="the damaged store")
+    command.add_argument(
+        "destination", metavar="DEST", help="a directory that is missing or empty"
+    )
 
 
 def _add_demo(commands: _Commands) -> None:

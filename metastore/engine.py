@@ -21,6 +21,7 @@ from metastore.compaction import Compactor, compact
 from metastore.directory import WARNING, DirectoryProtocol, FileName, FileProtocol
 from metastore.errors import (
     CorruptionError,
+    MetastoreError,
     StoreClosedError,
     StoreFailedError,
 )
@@ -132,6 +133,7 @@ class Engine:
         # Guards what the leader and the compaction thread both change.
         self._mutex = threading.Lock()
         self._prepare_mutex = threading.Lock()
+        self._shutdown_mutex = threading.Lock()
         self._prepared: tuple[FileName, FileProtocol] | None = None
         self._snapshot = content.plan.snapshot
         self._snapshot_size = content.snapshot.size if content.snapshot else 0
@@ -147,7 +149,7 @@ class Engine:
         self._is_bound = not content.ends_sealed
         self._n_batches = self._n_writes = self._n_syncs = 0
         self._n_rotations = self._n_compactions = 0
-        self._commits = GroupCommit(self._write_group)
+        self._commits = GroupCommit(self._write_group, self._lost)
         self._compactor = Compactor(self._fail, options.inline)
         _engines.add(self)
         self._compactor.submit(self._prepare_next)
@@ -229,25 +231,18 @@ class Engine:
 
     def _write_group(self, group: list[Request]) -> None:
         """Write what a group of requests asks; called by one leader at a time."""
-        self.check()
-        frames = [request.frame for request in group if request.frame is not None]
-        sequence = self._log.sequence
         try:
-            if frames:
-                self._log.append(frames, self._durable)
-                self._n_batches += len(frames)
-                self._n_writes += 1
-            if any(request.sync for request in group):
-                self._sync_log()
+            self.check()
+            self._write_frames(group)
         except BaseException as error:
-            self._fail(error)
-            raise self._failed() from self._failure
-        for request in group:
-            if request.frame is not None:
-                request.sequence = sequence
-                sequence += 1
-        if frames and self._is_due(self._log.size):
-            self._try(self._rotate)
+            if not isinstance(error, StoreClosedError | StoreFailedError):
+                self._fail(error)
+            for request in group:
+                request.error = self._error_now()
+            if not isinstance(error, Exception):
+                raise  # an interrupt goes on in its own thread
+            return
+        self._try(self._rotate_if_due)
         for request in group:
             if request.action is not None:
                 try:
@@ -255,6 +250,36 @@ class Engine:
                     request.action()
                 except BaseException as error:
                     request.error = error
+
+    def _write_frames(self, group: list[Request]) -> None:
+        frames = [request.frame for request in group if request.frame is not None]
+        sequence = self._log.sequence
+        if frames:
+            self._log.append(frames, self._durable)
+            self._n_batches += len(frames)
+            self._n_writes += 1
+        if any(request.sync for request in group):
+            self._sync_log()
+        for request in group:
+            if request.frame is not None:
+                request.sequence = sequence
+                sequence += 1
+            request.is_written = True
+
+    def _error_now(self) -> MetastoreError:
+        """Return what :meth:`check` raises, of this thread's own."""
+        try:
+            self.check()
+        except MetastoreError as error:
+            return error
+        return self._lost()
+
+    def _lost(self) -> StoreFailedError:
+        """Return the error of a batch whose leader was interrupted before the write."""
+        self._fail(
+            InterruptedError("the thread that was to write the batch was interrupted")
+        )
+        return self._failed()
 
     def _sync_log(self) -> None:
         last = self._log.sequence - 1
@@ -279,6 +304,10 @@ class Engine:
         waiting = sum(log.size for log in self._sealed)
         limit = max(self._options.log_size_bytes_min, self._snapshot_size)
         return waiting + log_size - FILE_HEADER_SIZE > limit
+
+    def _rotate_if_due(self) -> None:
+        if self._is_due(self._log.size):
+            self._rotate()
 
     def _rotate(self) -> None:
         """Seal the active log, open the next one, and see to the compaction."""
@@ -379,15 +408,18 @@ class Engine:
 
         A failure that no caller was told of yet is raised here, after all is closed.
         """
-        if self.is_forked or self._is_closed:
+        if self.is_forked:
             return
+        with self._shutdown_mutex:  # who comes second returns when all is done
+            if not self._is_closed:
+                self._shut_down()
+
+    def _shut_down(self) -> None:
         # First the thread, which may wait for nothing of ours; then the log.
         self._compactor.stop()
         try:
             if self._failure is None:
                 self._lead(self._seal)
-        except StoreClosedError:
-            pass  # another thread was faster
         finally:
             self.abandon()
         if self._failure is not None and not self._is_failure_told:

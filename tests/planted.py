@@ -165,25 +165,20 @@ def the_sticky_error_is_cleared() -> Plant:
 
 
 def followers_are_woken_before_the_sync() -> Plant:
-    def lead(commits: group_commit.GroupCommit) -> None:
-        with commits._mutex:
-            group, commits._waiting = commits._waiting, []
+    write_frames = engine.Engine._write_frames
+
+    def wake_first(running: engine.Engine, group: list[group_commit.Request]) -> None:
         sync = any(request.sync for request in group)
         for request in group:
             request.sync = False
-        try:
-            commits._write(group)
-            for request in group:
-                request.is_done = True
-                group_commit._wake(request)
-            if sync:
-                commits._write([group_commit.Request(None, True)])
-        finally:
-            with commits._mutex:
-                heir = commits._next_leader()
-            group_commit._wake(heir)
+        write_frames(running, group)
+        for request in group:
+            request.is_done = True
+            group_commit._wake(request)
+        if sync:
+            running._sync_log()
 
-    return mock.patch.object(group_commit.GroupCommit, "_lead", lead)
+    return mock.patch.object(engine.Engine, "_write_frames", wake_first)
 
 
 def a_failed_sync_is_retried() -> Plant:

@@ -406,8 +406,21 @@ from metastore.errors import StoreFailedError
 class Interrupt(BaseException):
     pass
 
+armed = False  # an interrupt between two calls would be this script's own affair
+
 def interrupt(number, frame):
-    raise Interrupt
+    if armed:
+        raise Interrupt
+
+def insert_interrupted(store, key, seconds):
+    global armed
+    try:
+        armed = True
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        store.insert_batch([(key, (1, b""))])
+    finally:
+        armed = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 def commit_until_failed(store, keys, committed):
     try:
@@ -439,15 +452,12 @@ for number in range(60):
         thread.start()
     for key in range(40):
         try:
-            signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 1e-3))
-            store.insert_batch([(key, (1, b""))])
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            insert_interrupted(store, key, rng.uniform(1e-5, 1e-3))
             committed.append(key)
         except Interrupt:
             interrupts += 1
         except StoreFailedError:
             break
-    signal.setitimer(signal.ITIMER_REAL, 0)
     stop.set()
     for thread in threads:
         thread.join(10)
