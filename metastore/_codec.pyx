@@ -567,6 +567,8 @@ def find_nonzero(const uint8_t[::1] data not None, Py_ssize_t offset=0):
     cdef Py_ssize_t size = data.shape[0]
     if offset < 0:
         raise ValueError("negative offset")
+    if offset >= size:
+        return -1
     with nogil:
         while offset + 8 <= size and ms_load_u64(&data[offset]) == 0:
             offset += 8
@@ -896,6 +898,8 @@ def decode_frames(
             row.offset + HEADER + row.payload_size > size
         ):
             raise ValueError("the table is not of these bytes")
+        if not _is_scanned(row):
+            raise ValueError("the table was not filled by scan_frames")
         n_records += row.n_records
         user_data_size += row.user_data_size
     if not (
@@ -933,6 +937,19 @@ def decode_frames(
                 _advance(row, &to)
                 i += 1
     return i, status
+
+
+cdef inline bint _is_scanned(const Row* row) noexcept nogil:
+    """Whether count and sizes are what a scan lets pass, so that no sum can wrap."""
+    if row.n_records >= LENGTH_LIMIT or row.layout > PACKED:
+        return False
+    if row.layout == PACKED:
+        return 20 * row.n_records <= PACKED_SIZE_LIMIT and (
+            row.user_data_size <= PACKED_SIZE_LIMIT
+        )
+    return row.payload_size >= 20 * row.n_records and (
+        row.payload_size - 20 * row.n_records == row.user_data_size
+    )
 
 
 cdef inline int _check_payload(const uint8_t* frame, Row* row) noexcept nogil:

@@ -241,7 +241,7 @@ def _gather_user_data(
         data = columns.user_data[start : start + length * len(columns)]
         words = np.empty(m * length // 8, dtype=np.uint64)
         if length:
-            source = np.require(data, requirements=["C", "A"]).view(np.uint64)
+            source = np.require(data.view(np.uint64), requirements=["C", "A"])
             _each(lambda a, b: _merge.gather_into(source, order[a:b], words[a:b]), cuts)
         return offsets, words.view(np.uint8)
     offsets = np.zeros(m + 1, dtype=np.uint64)

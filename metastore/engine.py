@@ -25,7 +25,7 @@ from metastore.errors import (
     StoreClosedError,
     StoreFailedError,
 )
-from metastore.format import FILE_HEADER_SIZE, NUMBER_MAX, STORE_ID_SIZE
+from metastore.format import FILE_HEADER_SIZE, NUMBER_MAX, SEQUENCE_MAX, STORE_ID_SIZE
 from metastore.group_commit import GroupCommit, Request
 from metastore.log import LogWriter, prepare_log
 from metastore.parallel import default_threads
@@ -88,6 +88,8 @@ def open_engine(
     number = content.plan.listing.number_max + 1
     if number > NUMBER_MAX:
         raise CorruptionError(directory.path, 0, "file numbers are used up")
+    if content.sequence + 1 > SEQUENCE_MAX:
+        raise CorruptionError(directory.path, 0, "sequences are used up")
     quarantined = settle(directory, content)
     store_id = content.plan.store_id or secrets.token_bytes(STORE_ID_SIZE)
     name = FileName("log", number)

@@ -32,6 +32,7 @@ __all__ = [
     "NUMBER_MAX",
     "PACKED_RATIO_MAX",
     "PACKED_SIZE_MAX",
+    "SEQUENCE_MAX",
     "STORE_ID_SIZE",
     "TRAILER_SIZE",
     "FileHeader",
@@ -45,6 +46,7 @@ FORMAT_VERSION = 1
 CHECKSUM_XOR = 0xAF
 STORE_ID_SIZE = 16
 NUMBER_MAX = 2**63 - 1
+SEQUENCE_MAX = 2**63 - 1
 LENGTH_MAX = 2**32 - 1
 
 KIND_BATCH = 1
@@ -179,8 +181,8 @@ class FileHeader:
             raise CorruptionError(
                 path, 32, f"number mismatch: {number:#x} in the name, {own:#x} inside"
             )
-        if kind == "log" and sequence == 0:
-            raise CorruptionError(path, 40, "a log cannot begin at sequence 0")
+        if not (1 if kind == "log" else 0) <= sequence <= SEQUENCE_MAX:
+            raise CorruptionError(path, 40, f"sequence {sequence} is out of range")
         return cls(kind, store_id, number, sequence, created)
 
 

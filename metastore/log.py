@@ -408,9 +408,7 @@ def _judge_end(
     if bound is not None and content.sequence == bound:
         return  # what lies behind is not read
     if content.is_sealed:
-        if bound is None:
-            content.damage = _bytes_behind_end(source, end, path)
-        else:
+        if bound is not None:
             content.damage = CorruptionError(
                 path,
                 end,
@@ -442,17 +440,6 @@ def _judge_end(
         content.damage = found
         return
     content.torn_size = last + 1 - end
-
-
-def _bytes_behind_end(source: _Source, end: int, path: str) -> CorruptionError | None:
-    behind = end + FRAME_HEADER_SIZE
-    for offset, data in _windows(source, behind):
-        found = _codec.find_nonzero(data)
-        if found >= 0:
-            return CorruptionError(
-                path, offset + found, "bytes that are not zero behind the end frame"
-            )
-    return None
 
 
 def _windows(source: _Source, offset: int) -> Iterator[tuple[int, memoryview]]:

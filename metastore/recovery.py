@@ -255,10 +255,6 @@ class Content:
     @property
     def ends_sealed(self) -> bool:
         """Whether the newest log that stays needs no later one as its bound."""
-        if (
-            self.set_aside
-        ):  # behind an older log's end there may be damage that was not met
-            return False
         empty = self.empty_logs
         kept = [log for name, log, _ in self.logs if name not in empty]
         return not kept or (kept[-1].is_sealed and kept[-1].damage is None)

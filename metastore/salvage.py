@@ -57,7 +57,7 @@ _WINDOW_SIZE = 1 << 20
 _WINDOW_FRAMES = 1 << 14
 #: Headers that are tried for the seed of a file whose own header is gone.
 _SEED_TRIES_MAX = 4_096
-#: Checksums of 32 bits that must agree on a seed before it is believed.
+#: Header checksums that must agree on a seed before it is believed.
 _SEED_VOTES_MIN = 2
 
 #: Bad frames that a torn write can leave (docs/format.md, section 8).
@@ -156,7 +156,7 @@ def find_store_seed(files: Iterable[Evidence]) -> int | None:
 
     Whole headers say it; of several stores the one with the most files is taken, of
     equals that of the newest snapshot. Without any whole header the seed is solved from
-    the frames themselves: two 32-bit checksums must agree on it.
+    the frames themselves: two that differ, with whole payloads, must agree on it.
     """
     files = list(files)
     ids = [file.header.store_id for file in files if file.header]
@@ -174,13 +174,31 @@ def _seed_votes(file: Evidence) -> Iterator[int]:
     id_bytes = bytes(file.view[16 : 16 + STORE_ID_SIZE])
     if len(id_bytes) == STORE_ID_SIZE:
         yield snapshot_seed(id_bytes)
-    for offset in _plausible_headers(file.view)[:_SEED_TRIES_MAX].tolist():
-        head = bytes(file.view[offset : offset + FRAME_HEADER_SIZE])
+    seen = set()
+    for head in _plausible_heads(file.view):
+        if head in seen:  # the same bytes again would prove nothing
+            continue
+        seen.add(head)
         stored = int.from_bytes(head[:4], "little") ^ CHECKSUM_XOR
         seed = _seed_before(head[4:], stored)
         if file.kind == "log":
             seed = _seed_before(file.number.to_bytes(8, "little"), seed)
         yield seed
+
+
+def _plausible_heads(view: memoryview) -> Iterator[bytes]:
+    """Yield frame headers whose payload is whole; what lies inside one is passed by."""
+    place = 0
+    for offset in _plausible_headers(view)[:_SEED_TRIES_MAX].tolist():
+        if offset < place:
+            continue
+        head = bytes(view[offset : offset + FRAME_HEADER_SIZE])
+        payload_size = int.from_bytes(head[32:40], "little")
+        start = offset + FRAME_HEADER_SIZE
+        computed = _codec.crc32c(view[start : start + payload_size]) ^ CHECKSUM_XOR
+        if computed == int.from_bytes(head[28:32], "little"):
+            place = offset + _codec.frame_size(head, 0)
+            yield head
 
 
 def _plausible_headers(view: memoryview) -> npt.NDArray[np.int64]:
@@ -461,8 +479,8 @@ class _LogWalk:
             self._know(own.sequence)
             start = place + own.size
         for head in self._frames.heads_from(start):
-            at_least = self._expected - (head.kind == KIND_END)
-            if head.kind not in (KIND_BATCH, KIND_END) or head.sequence < at_least:
+            # A lower sequence, of an end frame too, is that of a copy in user data.
+            if head.kind == KIND_BLOCK or head.sequence < self._expected:
                 continue
             if self._bound is not None and head.sequence >= self._bound:
                 continue

@@ -19,9 +19,11 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import itertools
 import logging
 import random
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -37,7 +39,7 @@ import kernel_cases
 import oracle
 from disk import Disk, Image
 from hostile import Files, hostile_store
-from metastore import MetadataStore, Recovered
+from metastore import MetadataStore, Recovered, _codec
 from metastore.errors import CorruptionError, FormatVersionError
 from verbs import Batch, State, apply, content, put, recover_on
 
@@ -48,19 +50,23 @@ MEMORY_SLACK = 96 << 20
 MEMORY_COPIES = 6
 REAL_EVERY = 40
 KERNELS_EVERY = 10
-COMPACT_EVERY = 8
-FINDINGS_MAX = 20
+FINDINGS_MAX = 1000
+#: Findings that look the same are told and saved this often.
+ALIKE_MAX = 3
+
+#: What is done with a store that opened, before the oracle reads it again.
+THEN = ("write", "compact", "nothing")
 
 Wanted = tuple[State, int] | None
 
 
-class Violation(Exception):
+class ViolationError(Exception):
     """Something that must not happen."""
 
 
 def require(condition: object, what: str) -> None:
     if not condition:
-        raise Violation(what)
+        raise ViolationError(what)
 
 
 # ---- what the oracle says ----
@@ -139,7 +145,7 @@ def bounded_memory(files: Files) -> Iterator[None]:
 # ---- one case ----
 
 
-def check_store(files: Files, threads: int, compact: bool) -> str:
+def check_store(files: Files, threads: int, then: str) -> str:
     """Recover on the disk in memory, and compare; return what it was."""
     version = another_version(files)
     wanted = wanted_of(files)
@@ -161,14 +167,27 @@ def check_store(files: Files, threads: int, compact: bool) -> str:
         check_prefix(files, threads)
         return "refused"
     require(not version, "opened, but a file is of another version")
-    check_opened(disk, store, recovered, wanted, compact)
+    check_opened(disk, store, recovered, wanted, then)
     return "opened"
 
 
 def is_used_up(error: CorruptionError, files: Files) -> bool:
-    """Tell whether the refusal is that no further file can be numbered, rightly."""
-    numbers = [parsed[1] for parsed in map(oracle.parse_name, files) if parsed]
-    return "used up" in error.reason and max(numbers) >= oracle.NUMBER_MAX - 2
+    """Tell whether the refusal is that nothing further can be numbered, rightly."""
+    return "used up" in error.reason and is_near_the_end(files)
+
+
+def is_near_the_end(files: Files) -> bool:
+    """Tell whether a few more files or batches would have no number any more."""
+    for name, data in files.items():
+        parsed = oracle.parse_name(name)
+        if parsed is None:
+            continue
+        if parsed[1] > oracle.NUMBER_MAX - 8:
+            return True
+        sequence = int.from_bytes(data[40:48], "little")
+        if sequence > oracle.U64_MAX - 100:
+            return True
+    return False
 
 
 def check_untouched(files: Files, disk: Disk) -> None:
@@ -185,28 +204,30 @@ def check_place(error: CorruptionError, files: Files) -> None:
 
 
 def check_opened(
-    disk: Disk,
-    store: MetadataStore,
-    recovered: Recovered,
-    wanted: Wanted,
-    compact: bool,
+    disk: Disk, store: MetadataStore, recovered: Recovered, wanted: Wanted, then: str
 ) -> None:
-    """Check what was recovered, write one batch, and let the oracle read it all."""
+    """Check what was recovered, go on, and let the oracle read it all."""
     sequence = recovered.report.sequence
     try:
         found = content(recovered)
         require(wanted is not None, "opened, but the oracle refuses")
-        assert wanted is not None
-        require(found == wanted[0], "other records than the oracle")
-        require(sequence == wanted[1], f"sequence {sequence}, not {wanted[1]}")
-        require(store.insert_batch(NEXT) == sequence + 1, "the next sequence is wrong")
-        if compact:
+        require((found, sequence) == wanted, "not what the oracle reads")
+        if sequence > oracle.U64_MAX - 8:
+            then = "nothing"
+        if then != "nothing":
+            sequence += 1
+            require(store.insert_batch(NEXT) == sequence, "the next sequence is wrong")
+            found = apply(found, NEXT)
+        if then == "compact":
             store.compact()
     finally:
         store.shutdown()
     require(disk.opened == [], f"left open: {disk.opened}")
-    after = apply(found, NEXT), sequence + 1
-    require(oracle.read_store(only_files(disk)) == after, "the next batch is not read")
+    try:
+        after = oracle.read_store(only_files(disk))
+    except oracle.OracleError as error:
+        raise ViolationError(f"after {then}, the store is corrupt: {error}") from error
+    require(after == (found, sequence), f"after {then}, the oracle reads otherwise")
 
 
 def only_files(disk: Disk) -> Files:
@@ -227,7 +248,13 @@ def check_prefix(files: Files, threads: int) -> None:
     require(disk.opened == [], f"left open: {disk.opened}")
     found = content(recovered), recovered.report.sequence
     require(recovered.report.damage, "the damage is not reported")
-    require(oracle.read_store(only_files(disk)) == found, "the prefix reads otherwise")
+    try:
+        after = oracle.read_store(only_files(disk))
+    except oracle.OracleError as error:
+        raise ViolationError(f"the prefix is corrupt afterwards: {error}") from error
+    require(after == found, "the prefix reads otherwise")
+    if is_near_the_end(files):
+        return  # each opening takes a number
     store, recovered = recover_on(disk, threads=threads)
     store.shutdown()
     again = content(recovered), recovered.report.sequence
@@ -281,8 +308,7 @@ def run_case(seed: int, case: int, folder: Path) -> tuple[str, Files]:
     try:
         if case % REAL_EVERY == 0:
             return check_real(files, folder), files
-        compact = case % COMPACT_EVERY == 0
-        return check_store(files, threads, compact), files
+        return check_store(files, threads, THEN[case % len(THEN)]), files
     except Exception as error:
         error.add_note(f"{'; '.join(told)}; {threads} threads")
         error.files = files  # type: ignore[attr-defined]  # for the one who saves it
@@ -340,11 +366,12 @@ class Campaign:
         try:
             what, _ = run_case(self.seed, case, folder)
         except Exception as error:
+            what = "FINDING " + re.sub(r"\W*\d+\W*", " ", str(error))[:60]
             self.findings += 1
-            what = "FINDING"
-            print(f"FINDING: --seed {self.seed} --case {case}", flush=True)
-            traceback.print_exc(file=sys.stdout, limit=-3)
-            self._keep(case, getattr(error, "files", {}))
+            if self.counts[what] < ALIKE_MAX:
+                print(f"FINDING: --seed {self.seed} --case {case}", flush=True)
+                traceback.print_exc(file=sys.stdout, limit=-3)
+                self._keep(case, getattr(error, "files", {}))
         self.counts[what] += 1
 
     def _keep(self, case: int, files: Files) -> None:
@@ -360,8 +387,8 @@ def replay(folder: Path) -> str:
     files = {found.name: found.read_bytes() for found in sorted(folder.iterdir())}
     with tempfile.TemporaryDirectory() as scratch:
         check_real(files, Path(scratch))
-    for threads in (1, 3):
-        what = check_store(files, threads, compact=True)
+    for threads, then in itertools.product((1, 3), THEN):
+        what = check_store(files, threads, then)
     return what
 
 
@@ -376,16 +403,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--save", type=Path, help="where findings are saved")
     parser.add_argument("--last", type=Path, help="file that names the running case")
     parser.add_argument("--tell-every", type=float, default=20)
+    parser.add_argument("--address-space", type=int, help="limit of this process")
     options = parser.parse_args(arguments)
     logging.disable(logging.ERROR)  # torn tails, by the thousand
     np.seterr(all="raise")
+    if options.address_space:
+        limits = options.address_space, options.address_space
+        resource.setrlimit(resource.RLIMIT_AS, limits)
     if options.replay:
         print(replay(options.replay))
         return 0
     campaign = Campaign(options.seed, options.save, options.last)
     signal.signal(signal.SIGTERM, campaign.stop)
     signal.signal(signal.SIGINT, campaign.stop)
-    print(f"fuzz: seed {options.seed}", flush=True)
+    print(f"fuzz: seed {options.seed}, {_codec.__file__}", flush=True)
     if options.case is not None:
         with tempfile.TemporaryDirectory() as folder:
             campaign.run_one(options.case, Path(folder))

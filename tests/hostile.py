@@ -7,6 +7,7 @@ comes last, raw noise, leaves them wrong.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import random
 import struct
@@ -50,7 +51,7 @@ def edge(rng: random.Random, bits: int, near: int | None = None) -> int:
     """Return a number below 2**bits at an edge, or next to `near`."""
     if near is not None and rng.random() < 0.4:
         return (near + rng.choice([-8, -1, 1, 8])) % 2**bits
-    return rng.choice([number for number in EDGES if number < 2**bits])
+    return EDGES[rng.randrange(bisect.bisect_left(EDGES, 2**bits))]
 
 
 # ---- zstd ----
@@ -72,7 +73,9 @@ def zstd_frame(
     """
     single = window is None
     code = 0 if claimed is None else 3
-    descriptor = code << 6 | single << 5 | bool(checksum) << 2 | (3 if dictionary else 0)
+    descriptor = (
+        code << 6 | single << 5 | bool(checksum) << 2 | (3 if dictionary else 0)
+    )
     frame = oracle.ZSTD_MAGIC + bytes([descriptor])
     frame += b"" if window is None else bytes([window])
     frame += struct.pack("<I", dictionary) if dictionary else b""
@@ -260,15 +263,15 @@ def log(
     header = oracle.FileHeader("log", store_id, number, first)
     data = header.pack()
     sequence = first
-    for _ in range(rng.choice([0, 1, 1, 2, 3, 6])):
+    for _ in range(min(rng.choice([0, 1, 1, 2, 3, 6]), 2**64 - first)):
         durable = sequence - 1 if rng.random() < 0.7 else rng.randrange(sequence)
         made = payload(rng, hostility, block=False)
         data += oracle.pack_frame(
-            header.seed, BATCH, made, sequence=sequence % 2**64, durable=durable
+            header.seed, BATCH, made, sequence=sequence, durable=durable
         )
         sequence += 1
     if rng.random() < 0.5:
-        last = (sequence - 1) % 2**64
+        last = sequence - 1
         empty = oracle.pack_plain([])
         data += oracle.pack_frame(header.seed, END, empty, sequence=last, durable=last)
     return data + bytes(rng.choice([0, 0, 8, 48, 512])), sequence
@@ -438,7 +441,11 @@ def rearrange_frames(rng: random.Random, data: bytes) -> bytes:
     frame = data[places[a] : places[a + 1]]
     rest = data[: places[a]] + data[places[a + 1] :]
     to = rng.choice(places[:-1])
-    made: list[bytes] = [rest, data[:to] + frame + data[to:], rest[:to] + frame + rest[to:]]
+    made: list[bytes] = [
+        rest,
+        data[:to] + frame + data[to:],
+        rest[:to] + frame + rest[to:],
+    ]
     return rng.choice(made)
 
 

@@ -22,6 +22,7 @@ Record = tuple[int, int, bytes]  # key, value (0: a tombstone), user data
 
 CHECKSUM_XOR = 0xAF
 NUMBER_MAX = 2**63 - 1
+SEQUENCE_MAX = 2**63 - 1
 U64_MAX = 2**64 - 1
 
 MAGICS = {"log": b"\x89MSLOG\r\n", "snapshot": b"\x89MSSNP\r\n"}
@@ -140,7 +141,8 @@ def read_file_header(data: bytes, kind: str, number: int) -> FileHeader:
     require(zero_a == 0 and zero_b == 0, 12, "zero field of the file header")
     require(own == number, 32, "number is not that of the name")
     require(1 <= own <= NUMBER_MAX, 32, "number out of range")
-    require(kind == "snapshot" or sequence >= 1, 40, "sequence out of range")
+    least = 0 if kind == "snapshot" else 1
+    require(least <= sequence <= SEQUENCE_MAX, 40, "sequence out of range")
     return FileHeader(kind, store_id, own, sequence, created_ns)
 
 
@@ -788,9 +790,6 @@ def read_log(
             return stop_at(data, error, log, bound, newest)
         if frame.kind == END:
             require(bound in (None, expected), offset, "log ends before its bound")
-            if bound is None:
-                behind = data[frame.end :]
-                require(not any(behind), frame.end, "bytes behind the end frame")
             return Log(header, batches, frame, frame.end)
         if expected == bound:  # what lies behind the bound is not read
             return Log(header, batches, None, offset)

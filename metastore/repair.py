@@ -1,0 +1,751 @@
+"""Repair: save what is provably whole from a damaged store into a new one.
+
+The damaged directory is only read. First every byte of it is copied, then the copy is
+taken apart, and what is whole goes into one snapshot, which is read back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from metastore.columns import Columns, concatenate, merge, sort_last_wins
+from metastore.directory import (
+    QUARANTINE,
+    Directory,
+    DirectoryProtocol,
+    FileName,
+    FileProtocol,
+    parse_listing,
+)
+from metastore.errors import CorruptionError, MetastoreError
+from metastore.format import STORE_ID_SIZE, snapshot_seed
+from metastore.look import open_store
+from metastore.parallel import default_threads
+from metastore.recovery import Progress, read_directory, read_headers
+from metastore.salvage import (
+    Block,
+    Evidence,
+    Gap,
+    LogSalvage,
+    LostBlock,
+    Run,
+    SnapshotSalvage,
+    find_store_seed,
+    salvage_log,
+    salvage_snapshot,
+)
+from metastore.snapshot import SnapshotReader, SnapshotWriter, split_into_blocks
+
+__all__ = ["ORIGINAL", "RepairReport", "RepairedFile", "repair"]
+
+#: Where the copy lies: in ``quarantine/``, but not among the files there, of which a
+#: store keeps only so many.
+ORIGINAL = "original"
+
+_COPY_SIZE = 1 << 20
+#: What is lost of a medium that cannot be read, in bytes.
+_SECTOR_SIZE = 4_096
+_COMPRESSION_LEVEL = 1
+
+Range = tuple[int, int]
+
+
+# ---- the report ----
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RepairedFile:
+    """What became of one log or snapshot."""
+
+    name: str
+    #: In bytes.
+    size: int
+    #: What was done with it, for people.
+    fate: str
+    #: The sequences of a log's whole batches: first and last of each stretch.
+    whole: tuple[Range, ...] = ()
+    #: Bytes that are in no whole frame, and why.
+    gaps: tuple[Gap, ...] = ()
+    #: Blocks of a snapshot that are damaged.
+    blocks_lost: tuple[LostBlock, ...] = ()
+    #: A torn tail: never acknowledged, hence no loss.
+    torn: Gap | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RepairReport:
+    """What a repair saved, and exactly what it did not."""
+
+    source: str
+    destination: str
+    #: The process that held the source, where the system tells.
+    holder_pid: int | None
+    #: Whether only the longest correct prefix was asked for.
+    prefix_only: bool
+    #: Sequence that the next batch of the new store follows.
+    sequence: int
+    #: The result holds every batch up to this one.
+    prefix_sequence: int
+    n_records: int
+    user_data_size: int
+    #: Batches that were taken from logs.
+    n_batches: int
+    #: Sequences, first and last, of batches that are known to have been and are lost.
+    missing: tuple[Range, ...]
+    #: Those of whole batches behind the prefix, if only that was asked for.
+    left_out: tuple[Range, ...]
+    files: tuple[RepairedFile, ...]
+    #: Where the copy lies, relative to the destination; its files and their bytes.
+    original: str
+    n_copied: int
+    copied_size: int
+    #: Names that were not copied: they are no regular files.
+    not_copied: tuple[str, ...]
+    #: Bytes that the source's medium would not give; zeros in the copy.
+    unreadable: Mapping[str, tuple[Gap, ...]]
+
+    @property
+    def is_prefix(self) -> bool:
+        """Whether the result is what the store held after some batch."""
+        return self.prefix_only or (
+            not any(first <= self.sequence for first, _ in self.missing)
+            and not any(file.blocks_lost for file in self.files)
+        )
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing that was found damaged had anything to lose."""
+        return (
+            not self.missing
+            and not self.left_out
+            and not self.unreadable
+            and not any(file.gaps or file.blocks_lost for file in self.files)
+        )
+
+    def as_json(self) -> dict[str, object]:
+        """Return everything as what ``json.dumps`` takes."""
+        return {
+            "is_prefix": self.is_prefix,
+            "is_complete": self.is_complete,
+            **dataclasses.asdict(self),
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        yield f"repaired {self.source} into {self.destination}"
+        if self.holder_pid is not None:
+            yield (
+                f"  process {self.holder_pid} holds the source: what it wrote "
+                "meanwhile may look like damage; shut it down and repair again"
+            )
+        yield (
+            f"  saved: {self.n_records:,} records, {self.user_data_size:,} bytes of "
+            f"user data, {self.n_batches:,} batches from logs; "
+            f"complete up to batch {self.prefix_sequence:,}"
+        )
+        yield f"  next batch: {self.sequence + 1:,}"
+        yield (
+            f"  copied: {self.n_copied:,} files, {self.copied_size:,} bytes, "
+            f"into {self.original}"
+        )
+        if self.not_copied:
+            yield f"  not copied, no regular files: {', '.join(self.not_copied)}"
+        for name, gaps in self.unreadable.items():
+            yield from (f"  {name}: {_place(gap)}" for gap in gaps)
+        for file in self.files:
+            yield from _file_lines(file)
+        if self.missing:
+            yield f"missing: batches {_ranges(self.missing)}"
+        if self.left_out:
+            yield f"left out, behind the damage: batches {_ranges(self.left_out)}"
+        if not self.is_prefix:
+            yield (
+                "NOT A PREFIX: the result also holds batches behind what is missing; "
+                "records that those would have changed are as they were before"
+            )
+        if self.is_complete:
+            yield "nothing is known to be missing"
+
+
+def _file_lines(file: RepairedFile) -> Iterator[str]:
+    whole = f": batches {_ranges(file.whole)}" if file.whole else ""
+    yield f"  {file.name}  {file.size:,} bytes, {file.fate}{whole}"
+    for gap in file.gaps:
+        yield f"    not saved: {_place(gap)}"
+    for lost in file.blocks_lost:
+        n = "an unknown number of" if lost.n_records is None else f"{lost.n_records:,}"
+        yield (
+            f"    lost: {n} records with keys {lost.first_key} to {lost.last_key} "
+            f"({lost.size:,} bytes at offset {lost.offset})"
+        )
+    if file.torn:
+        yield f"    torn tail, never acknowledged: {_place(file.torn)}"
+
+
+def _place(gap: Gap) -> str:
+    return f"{gap.size:,} bytes at offset {gap.offset}: {gap.reason}"
+
+
+def _ranges(ranges: Iterable[Range]) -> str:
+    return ", ".join(
+        f"{first:,}" if first == last else f"{first:,} to {last:,}"
+        for first, last in ranges
+    )
+
+
+# ---- the face ----
+
+
+def repair(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    prefix_only: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> RepairReport:
+    """Save what is provably whole from a damaged store into a new one.
+
+    Parameters
+    ----------
+    source : str or path-like
+        The directory of the damaged store. It is only read, and no lock is taken.
+    destination : str or path-like
+        Where the new store is to be: a directory that is missing or empty. It also
+        gets a copy of every file of `source`, in ``quarantine/original``.
+    prefix_only : bool
+        Save only the longest run of batches, from the first on, of which none is
+        missing. Otherwise every whole batch is saved, and every whole block of a
+        damaged snapshot: more, but not a state that the store ever had.
+    threads : int, optional
+        How many threads decode; by default one per processor.
+    progress : callable, optional
+        Called as ``progress(done_bytes, total_bytes)`` while files are copied.
+
+    Returns
+    -------
+    RepairReport
+        What was saved, and exactly what was not.
+
+    Raises
+    ------
+    MetastoreError
+        If there is no store in `source`, or `destination` is not fit.
+    FormatVersionError
+        If a file is of a version that this release cannot read.
+    OSError
+        What the operating system says. `destination` is then not finished, and no
+        store opens in it.
+    """
+    source, destination = os.fspath(source), os.fspath(destination)
+    with contextlib.ExitStack() as stack:
+        old = stack.enter_context(open_store(source))
+        _check_destination(source, destination)
+        with contextlib.suppress(CorruptionError):
+            read_headers(old, parse_listing(old.names()))
+        sources: dict[str, DirectoryProtocol] = {"": old}
+        if (QUARANTINE, False) in old.names():
+            path = os.path.join(source, QUARANTINE)
+            sources[f"{QUARANTINE}/"] = stack.enter_context(
+                contextlib.closing(Directory.open_existing(path))
+            )
+        new = stack.enter_context(
+            contextlib.closing(Directory.open_or_create(destination))
+        )
+        new.lock()
+        return repair_into(
+            sources,
+            new,
+            prefix_only=prefix_only,
+            threads=threads or default_threads(),
+            holder_pid=old._lock_holder(),
+            progress=progress,
+        )
+
+
+def _check_destination(source: str, destination: str) -> None:
+    inner, outer = os.path.realpath(destination), os.path.realpath(source)
+    if os.path.commonpath([inner, outer]) == outer:
+        raise MetastoreError(
+            f"the destination lies in the source, which is not to be touched: "
+            f"name another directory ({destination})"
+        )
+    if os.path.lexists(destination):
+        with contextlib.closing(Directory.open_existing(destination)) as directory:
+            if directory.names():
+                raise MetastoreError(
+                    f"the destination is not empty: name a new one ({destination})"
+                )
+
+
+def repair_into(
+    sources: Mapping[str, DirectoryProtocol],
+    new: DirectoryProtocol,
+    *,
+    prefix_only: bool = False,
+    threads: int = 1,
+    holder_pid: int | None = None,
+    progress: Progress | None = None,
+) -> RepairReport:
+    """Repair from open directories; see :func:`repair`.
+
+    Parameters
+    ----------
+    sources : mapping of str to DirectoryProtocol
+        The directory of the store under ``""``, further ones by how the names of their
+        files begin.
+    new : DirectoryProtocol
+        The destination: empty, and locked.
+    prefix_only, threads, progress
+        As in :func:`repair`.
+    holder_pid : int, optional
+        The process that holds the source.
+    """
+    # Until the end no store opens in the destination: a log without a header is damage.
+    guard = FileName("log", 1)
+    new.create(str(guard)).close()
+    new.sync()
+    quarantine = new.subdirectory(QUARANTINE)
+    original = quarantine.subdirectory(ORIGINAL)
+    try:
+        copy = _Copy(progress)
+        copy.copy_all(sources, original)
+        found = _take_apart(original, threads)
+        plan = _decide(found, prefix_only)
+        columns = _assemble(plan, threads)
+    finally:
+        original.close()
+        quarantine.close()
+    _write(new, columns, plan.sequence)
+    new.remove(str(guard))
+    new.sync()
+    _check_result(new, columns, plan.sequence, threads)
+    return RepairReport(
+        source=sources[""].path,
+        destination=new.path,
+        holder_pid=holder_pid,
+        prefix_only=prefix_only,
+        sequence=plan.sequence,
+        prefix_sequence=plan.prefix_sequence,
+        n_records=len(columns),
+        user_data_size=columns.user_data_size,
+        n_batches=sum(len(run.ends) for run in plan.runs),
+        missing=tuple(plan.missing),
+        left_out=tuple(plan.left_out),
+        files=tuple(found.files),
+        original=f"{QUARANTINE}/{ORIGINAL}",
+        n_copied=copy.n_files,
+        copied_size=copy.size,
+        not_copied=tuple(copy.not_copied),
+        unreadable=copy.unreadable,
+    )
+
+
+# ---- copy ----
+
+
+class _Copy:
+    """Copies directories byte for byte, and notes what cannot be read."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._total = 0
+        self.n_files = 0
+        self.size = 0
+        self.not_copied: list[str] = []
+        self.unreadable: dict[str, tuple[Gap, ...]] = {}
+
+    def copy_all(
+        self, sources: Mapping[str, DirectoryProtocol], target: DirectoryProtocol
+    ) -> None:
+        """Copy every regular file, durable on return."""
+        names = {prefix: source.names() for prefix, source in sources.items()}
+        for prefix, source in sources.items():
+            for name, is_file in names[prefix]:
+                if is_file:
+                    with contextlib.closing(source.open(name)) as file:
+                        self._total += file.size()
+                elif f"{prefix}{name}/" not in sources:
+                    self.not_copied.append(prefix + name)
+        for prefix, source in sources.items():
+            into = target.subdirectory(prefix.rstrip("/")) if prefix else target
+            for name, is_file in names[prefix]:
+                if is_file:
+                    self._copy_file(source, name, into, prefix + name)
+            into.sync()
+            if into is not target:
+                into.close()
+
+    def _copy_file(
+        self,
+        source: DirectoryProtocol,
+        name: str,
+        target: DirectoryProtocol,
+        shown: str,
+    ) -> None:
+        gaps: list[Gap] = []
+        with (
+            contextlib.closing(source.open(name)) as old,
+            contextlib.closing(target.create(name)) as new,
+        ):
+            size = old.size()
+            for at in range(0, size, _COPY_SIZE):
+                data = _read(old, at, min(_COPY_SIZE, size - at), gaps)
+                new.write([data], at)
+                self.size += len(data)
+                if self._progress:
+                    self._progress(min(self.size, self._total), self._total)
+            new.sync()
+        self.n_files += 1
+        if gaps:
+            self.unreadable[shown] = tuple(gaps)
+
+
+def _read(file: FileProtocol, offset: int, size: int, gaps: list[Gap]) -> bytes:
+    """Read bytes; where the medium fails, put zeros and note the gap."""
+    try:
+        return bytes(file.read(offset, size))
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        if size <= _SECTOR_SIZE:
+            gaps.append(Gap(offset, size, f"unreadable: {error.strerror}"))
+            return bytes(size)
+    half = max(size // 2 // _SECTOR_SIZE, 1) * _SECTOR_SIZE
+    first = _read(file, offset, half, gaps)
+    return first + _read(file, offset + half, size - half, gaps)
+
+
+# ---- take apart ----
+
+
+@dataclasses.dataclass
+class _Found:
+    """What the files hold."""
+
+    files: list[RepairedFile] = dataclasses.field(default_factory=list)
+    #: The newest whole snapshot: its records and its sequence.
+    base: Columns = dataclasses.field(default_factory=lambda: Columns.allocate(0, 0))
+    base_sequence: int = 0
+    #: Damaged snapshots that are newer, oldest first, with what they contain.
+    damaged: list[tuple[int, SnapshotSalvage]] = dataclasses.field(default_factory=list)
+    #: Whole batches, ascending; none overlap.
+    runs: list[Run] = dataclasses.field(default_factory=list)
+    #: The newest sequence that anything speaks of.
+    sequence_known: int = 0
+
+
+def _take_apart(directory: DirectoryProtocol, threads: int) -> _Found:
+    listing = parse_listing(directory.names())
+    files = []
+    for name in (*reversed(listing.snapshots), *listing.logs):
+        with contextlib.closing(directory.open(str(name))) as file:
+            files.append(Evidence.of(name, file.view(), file.path))
+    seed = find_store_seed(files)
+    found = _Found()
+    if seed is None:
+        found.files = [
+            _rejected(file, "nothing here could be proven to be whole")
+            for file in files
+        ]
+        return found
+    taking = _Taking(directory, seed, threads, found)
+    taking.take_all(files)
+    found.files.sort(key=lambda file: (not file.name.startswith("snapshot"), file.name))
+    return found
+
+
+def _rejected(file: Evidence, fate: str) -> RepairedFile:
+    gaps = (Gap(0, len(file.view), str(file.damage.reason)),) if file.damage else ()
+    return RepairedFile(name=str(file.name), size=len(file.view), fate=fate, gaps=gaps)
+
+
+class _Taking:
+    """Goes through the files, the newest first."""
+
+    def __init__(
+        self, directory: DirectoryProtocol, seed: int, threads: int, found: _Found
+    ) -> None:
+        self._directory = directory
+        self._seed = seed
+        self._threads = threads
+        self._found = found
+        self._base_number = 0
+        #: First sequences of logs and of what follows snapshots, by number.
+        self._bounds: list[tuple[int, int]] = []
+
+    def take_all(self, files: Sequence[Evidence]) -> None:
+        """Take what is whole in each file."""
+        own = []
+        for file in files:
+            header = file.header
+            if header is None or snapshot_seed(header.store_id) == self._seed:
+                own.append(file)
+            else:
+                fate = f"of another store, {header.store_id.hex()}: not used"
+                self._found.files.append(_rejected(file, fate))
+        own.sort(key=lambda file: -file.number)
+        logs = [file for file in own if file.kind == "log"]
+        for file in own:
+            if file.kind == "snapshot":
+                self._take_snapshot(file, logs)
+        for number, sequence in self._contained():
+            self._bounds.append((number + 1, sequence + 1))
+        for file in logs:
+            self._take_log(file)
+        self._found.runs.sort(key=lambda run: run.first)
+
+    def _contained(self) -> Iterator[tuple[int, int]]:
+        yield self._base_number, self._found.base_sequence
+        for number, damaged in self._found.damaged:
+            if damaged.sequence is not None:
+                yield number, damaged.sequence
+
+    def _add(
+        self,
+        file: Evidence,
+        fate: str,
+        *,
+        whole: tuple[Range, ...] = (),
+        gaps: Iterable[Gap] = (),
+        blocks_lost: Iterable[LostBlock] = (),
+        torn: Gap | None = None,
+    ) -> None:
+        if file.damage is not None:
+            fate += f"; its header was not usable: {file.damage.reason}"
+        self._found.files.append(
+            RepairedFile(
+                name=str(file.name),
+                size=len(file.view),
+                fate=fate,
+                whole=whole,
+                gaps=tuple(gaps),
+                blocks_lost=tuple(blocks_lost),
+                torn=torn,
+            )
+        )
+
+    def _take_snapshot(self, file: Evidence, logs: Sequence[Evidence]) -> None:
+        if self._base_number:
+            self._add(file, "not needed: a newer snapshot contains it")
+            return
+        columns = self._read_whole(file)
+        if columns is not None and file.header is not None:
+            self._set_base(file, columns, file.header.sequence)
+            self._add(file, f"whole, up to batch {file.header.sequence:,}")
+            return
+        parts = salvage_snapshot(file, file.seed(self._seed))
+        if parts.sequence is None:
+            after = [log.header for log in logs if log.number > file.number]
+            first = min((log.sequence for log in after if log), default=None)
+            if first is not None:
+                parts = dataclasses.replace(parts, sequence=first - 1)
+        if parts.is_whole and parts.sequence is not None:
+            self._set_base(file, _joined(parts.blocks), parts.sequence)
+            fate = f"every block whole, up to batch {parts.sequence:,}"
+            self._add(file, fate, gaps=parts.gaps)
+            return
+        self._found.damaged.insert(0, (file.number, parts))
+        self._know(parts.sequence or 0)
+        fate = f"{len(parts.blocks):,} blocks whole"
+        self._add(file, fate, gaps=parts.gaps, blocks_lost=parts.lost)
+
+    def _read_whole(self, file: Evidence) -> Columns | None:
+        if file.header is None:
+            return None
+        with contextlib.closing(self._directory.open(str(file.name))) as opened:
+            try:
+                reader = SnapshotReader(opened, file.header)
+                return reader.read_all(self._threads)
+            except CorruptionError:  # told in detail by the salvage
+                return None
+
+    def _set_base(self, file: Evidence, columns: Columns, sequence: int) -> None:
+        self._base_number = file.number
+        self._found.base, self._found.base_sequence = columns, sequence
+        self._know(sequence)
+
+    def _know(self, sequence: int) -> None:
+        self._found.sequence_known = max(self._found.sequence_known, sequence)
+
+    def _take_log(self, file: Evidence) -> None:
+        if file.number <= self._base_number:
+            self._add(file, "not needed: the snapshot contains it")
+            return
+        later = (first for number, first in self._bounds if number > file.number)
+        bound = min(later, default=None)
+        log = salvage_log(file, file.seed(self._seed), bound)
+        first = file.header.sequence if file.header else log.first
+        if first is not None:
+            self._bounds.append((file.number, first))
+        self._know(log.sequence_known)
+        self._take_runs(log)
+        whole = _stretches((run.first, run.stop - 1) for run in log.runs)
+        self._add(file, "log", whole=whole, gaps=log.gaps, torn=log.torn)
+
+    def _take_runs(self, log: LogSalvage) -> None:
+        """Take the batches of a log that no other file, or copy of it, gave yet."""
+        taken = _stretches((run.first, run.stop - 1) for run in self._found.runs)
+        for run in log.runs:
+            for first, last in _without((run.first, run.stop - 1), taken):
+                self._found.runs.append(run.part(first, last + 1))
+
+
+def _stretches(ranges: Iterable[Range]) -> tuple[Range, ...]:
+    """Return ranges of sequences, those that meet as one."""
+    joined: list[Range] = []
+    for first, last in sorted(ranges):
+        if joined and first <= joined[-1][1] + 1:
+            joined[-1] = joined[-1][0], max(joined[-1][1], last)
+        else:
+            joined.append((first, last))
+    return tuple(joined)
+
+
+def _without(whole: Range, taken: Iterable[Range]) -> Iterator[Range]:
+    """Yield what is left of a range without those in `taken`, which ascend."""
+    first, last = whole
+    for low, high in taken:
+        if high < first or low > last:
+            continue
+        if low > first:
+            yield first, low - 1
+        first = high + 1
+    if first <= last:
+        yield first, last
+
+
+# ---- decide ----
+
+
+@dataclasses.dataclass
+class _Plan:
+    """What goes into the new store."""
+
+    base: Columns
+    #: Batches and whole blocks in the order in which they count.
+    runs: list[Run]
+    overlays: list[tuple[int, list[Block]]]
+    sequence: int
+    prefix_sequence: int
+    missing: list[Range]
+    left_out: list[Range]
+
+
+def _decide(found: _Found, prefix_only: bool) -> _Plan:
+    """Choose what to save; touches nothing."""
+    whole = _stretches(
+        [(0, found.base_sequence), *((run.first, run.stop - 1) for run in found.runs)]
+    )
+    prefix = whole[0][1]
+    overlays = [
+        (max(parts.sequence or 0, found.base_sequence), parts.blocks)
+        for _, parts in found.damaged
+        if parts.blocks and not (parts.sequence and parts.sequence <= prefix)
+    ]
+    if prefix_only:
+        overlays = []
+    # What a damaged snapshot contains is told by its blocks, not by sequences.
+    told = max([found.base_sequence, *(sequence for sequence, _ in overlays)])
+    if told > prefix:
+        whole = _stretches([*whole, (0, told)])
+    missing = list(_without((1, found.sequence_known), whole))
+    left_out: list[Range] = []
+    if prefix_only:
+        left_out = list(_without((prefix + 1, found.sequence_known), missing))
+    last = prefix if prefix_only else max(found.sequence_known, prefix, told)
+    return _Plan(
+        base=found.base,
+        runs=_between(found.runs, found.base_sequence + 1, last),
+        overlays=overlays,
+        sequence=last,
+        prefix_sequence=prefix,
+        missing=missing,
+        left_out=left_out,
+    )
+
+
+# ---- assemble ----
+
+
+def _joined(blocks: Iterable[Block]) -> Columns:
+    return concatenate([block.columns for block in blocks])
+
+
+def _assemble(plan: _Plan, threads: int) -> Columns:
+    """Return the records of the new store."""
+    columns = plan.base
+    runs = list(plan.runs)
+    for sequence, blocks in plan.overlays:
+        columns = _replay(columns, _between(runs, 0, sequence), threads)
+        columns = _lay_over(columns, blocks, threads)
+        runs = _between(runs, sequence + 1, plan.sequence)
+    return _replay(columns, runs, threads)
+
+
+def _between(runs: Iterable[Run], first: int, last: int) -> list[Run]:
+    """Return the batches from `first` to `last`."""
+    return [
+        run.part(max(run.first, first), min(run.stop, last + 1))
+        for run in runs
+        if run.first <= last and run.stop > first
+    ]
+
+
+def _replay(columns: Columns, runs: Sequence[Run], threads: int) -> Columns:
+    if not runs and columns.offsets[0] == 0:
+        return columns
+    new = sort_last_wins(concatenate([run.columns for run in runs]), threads)
+    return merge(columns, new, threads)
+
+
+def _lay_over(columns: Columns, blocks: Sequence[Block], threads: int) -> Columns:
+    """Put blocks in the place of everything in their ranges of keys."""
+    kept = []
+    start = 0
+    for block in blocks:
+        first, last = np.uint64(block.first_key), np.uint64(block.last_key)
+        kept.append(columns.part(start, int(np.searchsorted(columns.keys, first))))
+        start = int(np.searchsorted(columns.keys, last, side="right"))
+    kept.append(columns.part(start, len(columns)))
+    return merge(concatenate(kept), _joined(blocks), threads)
+
+
+# ---- write ----
+
+
+def _write(new: DirectoryProtocol, columns: Columns, sequence: int) -> None:
+    """Publish one snapshot, of a store of its own."""
+    store_id = secrets.token_bytes(STORE_ID_SIZE)
+    writer = SnapshotWriter(new, FileName("snapshot", 1), store_id, sequence)
+    try:
+        for part in split_into_blocks(columns):
+            writer.encode_and_put(part, _COMPRESSION_LEVEL)
+        writer.publish()
+    finally:
+        writer.close()
+
+
+def _check_result(
+    new: DirectoryProtocol, columns: Columns, sequence: int, threads: int
+) -> None:
+    """Read the new store as a recovery would, and compare."""
+    content = read_directory(new, on_damage="raise", threads=threads, progress=None)
+    if content.sequence != sequence or not all(
+        np.array_equal(
+            getattr(columns, field.name), getattr(content.columns, field.name)
+        )
+        for field in dataclasses.fields(Columns)
+    ):
+        raise CorruptionError(
+            new.path, 0, "the new store does not read back as it was written"
+        )
