@@ -184,21 +184,25 @@ def test_shutdown_races_with_writers(db, recover, n_before):
     assert recovered.report.sequence == len(acknowledged)
 
 
+def write_compact_or_sync(store: MetadataStore, thread: int, i: int) -> None:
+    if thread % 3 == 0:
+        store.insert_batch([(i, (1, b""))], sync=False)
+    elif thread % 3 == 1:
+        store.compact()
+    else:
+        store.sync()
+
+
 def test_shutdown_races_with_everything_else(db, recover):
     """Whoever waits for a compaction or a sync is let go at the shutdown."""
     for n_before in (0, 3, 10):
         store, _ = recover(log_size_bytes_min=500)
-        calls = (
-            lambda i: store.insert_batch([(i, (1, b""))], sync=False),  # noqa: B023
-            lambda i: store.compact(),  # noqa: B023
-            lambda i: store.sync(),  # noqa: B023
-        )
 
         def work(thread: int, store: MetadataStore = store, n: int = n_before) -> int:
             i = 0
             try:
                 while thread or i < n:
-                    calls[thread % 3](i)  # noqa: B023
+                    write_compact_or_sync(store, thread, i)
                     i += 1
             except StoreClosedError:
                 pass
