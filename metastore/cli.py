@@ -8,6 +8,7 @@ of its own.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import io
 import itertools
@@ -166,6 +167,9 @@ def _verification_lines(found: Verification) -> Iterator[str]:
         yield f"  checked {check.checked}"
         if check.damage is not None:
             yield f"  damaged at offset {check.damage.offset}: {check.damage.reason}"
+        for gap in check.gaps:
+            where = f"{gap.size:,} bytes at offset {gap.offset}"
+            yield f"  not whole: {where}: {gap.reason}"
     yield from _listing_lines(found.temporaries, found.unknown)
     if found.damage is not None:
         yield "damaged: recovery refuses this store"
@@ -211,6 +215,7 @@ def _check_json(check: FileCheck) -> dict[str, object]:
         "n_batches": check.n_batches,
         "n_records": check.n_records,
         "damage": _damage_json(check.damage),
+        "gaps": [dataclasses.asdict(gap) for gap in check.gaps],
     }
 
 

@@ -30,7 +30,7 @@ Uint8s = npt.NDArray[np.uint8]
 Record = tuple[int, int, bytes]
 
 #: Iteration converts this many records at a time.
-_ITERATION_RECORDS = 16_384
+_ITERATION_RECORDS = 1_024
 #: Below this many records a job is not worth a second thread.
 _RECORDS_PER_THREAD = 1 << 16
 #: The first digit of the sort, in bits; an index of a record has 32.

@@ -42,6 +42,11 @@ QUARANTINE = "quarantine"
 
 _NAME = re.compile(r"(log|snapshot)_([0-9a-f]{16})(\.tmp)?")
 _TEMPORARY_SUFFIX = ".tmp"
+#: File systems that may not keep what `flock` and `fsync` promise.
+_NETWORK = re.compile(
+    r"9p|afs|beegfs|ceph|cifs|davfs|fuse\.(sshfs|glusterfs|ceph|s3fs|rclone|juicefs)"
+    r"|glusterfs|lustre|ncpfs|nfs4?|smb3?|smbfs|vboxsf|virtiofs"
+)
 #: Linux takes at most 1,024 buffers in one call.
 _BUFFERS_MAX = 1024
 
@@ -294,6 +299,21 @@ class Directory:
     def open_existing(cls, path: str) -> Directory:
         """Open the directory `path`, which must exist."""
         return cls(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), path)
+
+    def network_type(self) -> str | None:
+        """Return the type of the network file system that this lies on, if known."""
+        status = os.fstat(self._descriptor)
+        device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
+        try:
+            with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as f:
+                for line in f:
+                    mount, _, source = line.partition(" - ")
+                    kind = source.split(" ", 1)[0]
+                    if mount.split()[2:3] == [device] and _NETWORK.fullmatch(kind):
+                        return kind
+        except OSError:  # only a courtesy: not every system tells
+            pass
+        return None
 
     def lock(self) -> None:
         """Take the exclusive lock at once, or raise StoreLockedError."""

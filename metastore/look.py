@@ -22,7 +22,13 @@ from metastore.directory import (
     parse_listing,
 )
 from metastore.errors import CorruptionError, FormatVersionError, MetastoreError
-from metastore.format import FILE_HEADER_SIZE, FRAME_HEADER_SIZE, FileHeader, log_seed
+from metastore.format import (
+    FILE_HEADER_SIZE,
+    FRAME_HEADER_SIZE,
+    FileHeader,
+    log_seed,
+    snapshot_seed,
+)
 from metastore.frames import new_table
 from metastore.log import LogContent, read_log
 from metastore.recovery import (
@@ -34,6 +40,7 @@ from metastore.recovery import (
     make_plan,
     read_headers,
 )
+from metastore.salvage import Evidence, Gap, salvage_log, salvage_snapshot
 from metastore.snapshot import SnapshotReader
 
 __all__ = [
@@ -243,11 +250,18 @@ def _last_nonzero(file: FileProtocol) -> int:
 
 
 def _quarantined_sizes(directory: Directory) -> list[int]:
-    try:
-        with os.scandir(os.path.join(directory.path, QUARANTINE)) as found:
-            return [item.stat(follow_symlinks=False).st_size for item in found]
-    except FileNotFoundError:
-        return []
+    """Return the sizes of all files there; what repair copied lies one level down."""
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    walk = os.walk(os.path.join(directory.path, QUARANTINE), onerror=fail)
+    return [
+        os.lstat(os.path.join(folder, name)).st_size
+        for folder, _, names in walk
+        for name in names
+    ]
 
 
 # ---- verification: what a whole reading says ----
@@ -265,6 +279,8 @@ class FileCheck:
     n_batches: int | None
     n_records: int | None
     damage: CorruptionError | None
+    #: If there is damage: every stretch of bytes that is in no whole frame.
+    gaps: tuple[Gap, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,10 +388,29 @@ def _check_alone(
     with contextlib.closing(directory.open(str(name))) as file:
         if name.kind == "log":
             log = read_log(file, header, bound=bound, threads=threads)
-            return _check_log(name, size, log)
-        try:
-            reader = SnapshotReader(file, header)
-            reader.read_all(threads)
-        except CorruptionError as error:
-            return FileCheck(name, size, "header, index and blocks", None, None, error)
-        return _check_snapshot(name, size, reader)
+            check = _check_log(name, size, log)
+        else:
+            check = _check_snapshot_alone(name, size, file, header, threads)
+        if check.damage is None:
+            return check
+        evidence = Evidence(name, file.view(), header, None)
+    return dataclasses.replace(check, gaps=_gaps(evidence, header, bound))
+
+
+def _check_snapshot_alone(
+    name: FileName, size: int, file: FileProtocol, header: FileHeader, threads: int
+) -> FileCheck:
+    try:
+        reader = SnapshotReader(file, header)
+        reader.read_all(threads)
+    except CorruptionError as error:
+        return FileCheck(name, size, "header, index and blocks", None, None, error)
+    return _check_snapshot(name, size, reader)
+
+
+def _gaps(file: Evidence, header: FileHeader, bound: int | None) -> tuple[Gap, ...]:
+    """Go on behind the first damage, so that every bad frame is found."""
+    seed = snapshot_seed(header.store_id)
+    if file.kind == "log":
+        return tuple(salvage_log(file, file.seed(seed), bound).gaps)
+    return tuple(salvage_snapshot(file, seed).gaps)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import struct
 from collections import Counter
@@ -56,9 +57,11 @@ __all__ = [
 _WINDOW_SIZE = 1 << 20
 _WINDOW_FRAMES = 1 << 14
 #: Headers that are tried for the seed of a file whose own header is gone.
-_SEED_TRIES_MAX = 4_096
+_SEED_TRIES_MAX = 256
 #: Header checksums that must agree on a seed before it is believed.
 _SEED_VOTES_MIN = 2
+#: Batch, block and end, plain or packed, and two zeros, as a header's bytes 4 to 8.
+_KINDS_AND_LAYOUTS = np.array([0x001, 0x101, 0x002, 0x102, 0x003], dtype=np.uint64)
 
 #: Bad frames that a torn write can leave (docs/format.md, section 8).
 _TORN_STATUSES = frozenset(
@@ -174,7 +177,7 @@ def _seed_votes(file: Evidence) -> Iterator[int]:
     id_bytes = bytes(file.view[16 : 16 + STORE_ID_SIZE])
     if len(id_bytes) == STORE_ID_SIZE:
         yield snapshot_seed(id_bytes)
-    seen = set()
+    seen: set[bytes] = set()
     for head in _plausible_heads(file.view):
         if head in seen:  # the same bytes again would prove nothing
             continue
@@ -184,12 +187,14 @@ def _seed_votes(file: Evidence) -> Iterator[int]:
         if file.kind == "log":
             seed = _seed_before(file.number.to_bytes(8, "little"), seed)
         yield seed
+        if len(seen) == _SEED_TRIES_MAX:
+            return
 
 
 def _plausible_heads(view: memoryview) -> Iterator[bytes]:
     """Yield frame headers whose payload is whole; what lies inside one is passed by."""
     place = 0
-    for offset in _plausible_headers(view)[:_SEED_TRIES_MAX].tolist():
+    for offset in _plausible_headers(view):
         if offset < place:
             continue
         head = bytes(view[offset : offset + FRAME_HEADER_SIZE])
@@ -201,37 +206,38 @@ def _plausible_heads(view: memoryview) -> Iterator[bytes]:
             yield head
 
 
-def _plausible_headers(view: memoryview) -> npt.NDArray[np.int64]:
-    """Return where the fields of a frame header could be right, checksum aside."""
-    n = (len(view) - FRAME_HEADER_SIZE) // 8 + 1
-    if n <= 0:
-        return np.zeros(0, np.int64)
+def _plausible_headers(view: memoryview) -> Iterator[int]:
+    """Yield where the fields of a frame header could be right, checksums aside."""
     words = np.frombuffer(view, "<u8", len(view) // 8)
-    kinds = (words[:n] >> np.uint64(32)).astype(np.uint32)
-    payload_sizes = words[4 : n + 4]
-    at = np.flatnonzero(
-        np.isin(kinds, (0x001, 0x101, 0x002, 0x102, 0x003))
-        & (payload_sizes <= len(view))
-        & (words[2 : n + 2] <= words[1 : n + 1])
-    )
-    return at * 8
+    for start in range(0, len(words), _WINDOW_SIZE // 8):
+        # As many words more as a header has behind its first.
+        some = words[start : start + _WINDOW_SIZE // 8 + 5]
+        n = len(some) - 5
+        if n <= 0:
+            return
+        at = np.flatnonzero(
+            np.isin(some[:n] >> np.uint64(32), _KINDS_AND_LAYOUTS)
+            & (some[2 : n + 2] <= some[1 : n + 1])  # durable, sequence
+            & (some[4 : n + 4] <= len(view))  # payload size
+        )
+        yield from (8 * (start + at)).tolist()
 
 
-def _crc_table() -> list[int]:
-    # The register steps through the first bytes 0 to 255.
-    return [
-        _codec.crc32c(bytes([byte]), 0xFFFFFFFF) ^ 0xFFFFFFFF for byte in range(256)
-    ]
+@functools.cache
+def _crc_steps() -> tuple[list[int], dict[int, int]]:
+    """Return where each byte takes the register from 0, and what leads back."""
+    ones = 0xFFFFFFFF
+    steps = [_codec.crc32c(bytes([byte]), ones) ^ ones for byte in range(256)]
+    return steps, {step >> 24: byte for byte, step in enumerate(steps)}
 
 
 def _seed_before(data: bytes, checksum: int) -> int:
     """Return the `seed` with which ``crc32c(data, seed)`` is `checksum`."""
-    table = _crc_table()
-    by_high_byte = {step >> 24: byte for byte, step in enumerate(table)}
+    steps, by_high_byte = _crc_steps()
     register = checksum ^ 0xFFFFFFFF
     for byte in reversed(data):
         index = by_high_byte[register >> 24]
-        register = ((register ^ table[index]) << 8 | (index ^ byte)) & 0xFFFFFFFF
+        register = ((register ^ steps[index]) << 8 | (index ^ byte)) & 0xFFFFFFFF
     return register ^ 0xFFFFFFFF
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 import weakref
@@ -21,6 +22,8 @@ from metastore.recovery import Progress
 from metastore.report import StoreStats
 
 __all__ = ["MetadataStore"]
+
+_logger = logging.getLogger(__name__)
 
 Buffer = bytes | bytearray | memoryview
 Batch = Iterable[tuple[int, tuple[int, Buffer] | None]]
@@ -100,6 +103,13 @@ class MetadataStore:
             on_damage=on_damage,
         )
         directory = Directory.open_or_create(os.fspath(path))
+        kind = directory.network_type()
+        if kind is not None:
+            _logger.warning(
+                "%s lies on a network file system (%s): lock and sync may not hold",
+                directory.path,
+                kind,
+            )
         return cls._open(directory, options)
 
     @classmethod

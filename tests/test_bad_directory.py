@@ -6,6 +6,7 @@ import errno
 import fcntl
 import gc
 import os
+import re
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from metastore import MetadataStore
+from metastore import MetadataStore, directory
 from metastore.errors import CorruptionError, StoreFailedError, StoreLockedError
 from verbs import files, flip, lasting, named, numbered, read, states, write
 
@@ -264,3 +265,12 @@ def test_a_refused_recover_gives_everything_back(db, recover, kind):
         assert (descriptors(), threading.active_count()) == held
         flip(path, offset)
     assert read(db) == expected
+
+
+def test_a_network_file_system_is_warned_of(db, recover, monkeypatch, caplog):
+    """NFS and its like may break the promise of flock or fsync; then somebody is told."""
+    recover()[0].shutdown()
+    assert "network" not in caplog.text
+    monkeypatch.setattr(directory, "_NETWORK", re.compile(".*"))
+    recover()[0].shutdown()
+    assert f"{db} lies on a network file system" in caplog.text

@@ -182,11 +182,13 @@ def test_zeros_anywhere(store_image):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)
 def test_every_truncation_at_length(store_image):
     check_each(store_image, truncations(store_image))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)
 def test_every_flipped_bit(store_image):
     check_each(store_image, flips(store_image, lambda: range(8)))
 
@@ -228,6 +230,7 @@ def test_a_few_random_damages(store_image, rng):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)
 def test_many_random_damages(store_image, rng):
     check_each_for_inventions(randomly_damaged(store_image, rng, 5_000))
 
@@ -584,6 +587,12 @@ def test_the_command(damaged: Path, tmp_path: Path, run: Run) -> None:
     assert verbs.read(tmp_path / "new" / "er") == held
     copy = tmp_path / "new" / "er" / "quarantine" / "original"
     assert verbs.files(copy) == verbs.files(damaged)
+    n_files, size = (
+        len(list(copy.iterdir())),
+        sum(p.stat().st_size for p in copy.iterdir()),
+    )
+    told = f"quarantine  {n_files} files, {size:,} bytes"
+    assert told in run("info", tmp_path / "new" / "er")[1]
 
 
 def test_the_command_with_prefix_as_json(damaged: Path, db: Path, run: Run) -> None:
@@ -598,6 +607,27 @@ def test_the_command_with_prefix_as_json(damaged: Path, db: Path, run: Run) -> N
     assert verbs.read(new) == verbs.states(verbs.numbered(5))[-1]
     copied, _ = MetadataStore.recover(new / "quarantine/original", on_damage="prefix")
     copied.shutdown()
+
+
+def test_verify_names_every_bad_frame_and_not_only_the_first(
+    store: Path, run: Run
+) -> None:
+    sealed, last = verbs.logs(store)
+    (snapshot,) = verbs.snapshots(store)
+    places = {}
+    for path, frames in ((sealed, (0, 2)), (last, (0,)), (snapshot, (0,))):
+        spans = verbs.spans(path.read_bytes())
+        places[path.name] = [(spans[i].offset, spans[i].size) for i in frames]
+        for i in frames:
+            verbs.flip(path, spans[i].offset + 60)
+    status, output, _ = run("verify", "--json", store)
+    assert status == 1
+    found = {
+        file["name"]: [(gap["offset"], gap["size"]) for gap in file["gaps"]]
+        for file in json.loads(output)["files"]
+    }
+    assert found == places
+    assert run("verify", store)[1].count("not whole: ") == 4
 
 
 def test_a_sound_store_is_copied_whole(store: Path, tmp_path: Path, run: Run) -> None:
@@ -650,6 +680,7 @@ DESTINATIONS = {
     "in the source, by a link": lambda store, tmp_path: linked(store, tmp_path / "to"),
     "in the source, by dots": lambda store, tmp_path: store / "a" / ".." / "new",
     "a file": lambda store, tmp_path: full(tmp_path / "full") / "mine",
+    "nowhere": lambda store, tmp_path: Path("/proc/new"),
     "below a file": lambda store, tmp_path: full(tmp_path / "full") / "mine" / "new",
 }
 
