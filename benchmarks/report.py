@@ -15,6 +15,8 @@ __all__ = ["Figures", "as_text", "write"]
 _DOCUMENT = pathlib.Path("docs/performance.md")
 _PICTURES = pathlib.Path("docs/pictures")
 _BEGIN = "<!-- benchmarks: begin (written by `python -m benchmarks --report`) -->"
+#: What a run of the benchmarks itself leaves behind may be as much.
+_QUIET_LOAD = 1.5
 _END = "<!-- benchmarks: end -->"
 
 
@@ -147,6 +149,18 @@ def _titles(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"- {row['name']}: {row['title']}." for row in rows)
 
 
+def _caution(content: dict[str, Any]) -> list[str]:
+    """Return a warning for readers if the figures are not what they could be."""
+    cases = content["cases"].values()
+    if max(case["load_before"] for case in cases) <= _QUIET_LOAD and all(
+        case["scale"] == 1 for case in cases
+    ):
+        return []
+    return [
+        "**These figures are rough**: the machine was busy, or the cases were small."
+    ]
+
+
 def _machine(content: dict[str, Any]) -> str:
     machine = content["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
@@ -176,6 +190,7 @@ def _section(content: dict[str, Any], pictures: list[tuple[str, str]]) -> str:
     rows = [row for result in results.values() for row in result["rows"]]
     beside = [row for row in rows if row["name"][0] == "P" or row["name"][:2] == "C6"]
     parts = [
+        *_caution(content),
         _machine(content),
         "Each figure is the median of the rounds, in brackets the least and the "
         "greatest.",

@@ -185,7 +185,7 @@ def is_near_the_end(files: Files) -> bool:
         if parsed[1] > oracle.NUMBER_MAX - 8:
             return True
         sequence = int.from_bytes(data[40:48], "little")
-        if sequence > oracle.U64_MAX - 100:
+        if sequence > oracle.SEQUENCE_MAX - 100:
             return True
     return False
 

@@ -268,7 +268,7 @@ def test_a_refused_recover_gives_everything_back(db, recover, kind):
 
 
 def test_a_network_file_system_is_warned_of(db, recover, monkeypatch, caplog):
-    """NFS and its like may break the promise of flock or fsync; then somebody is told."""
+    """NFS and its like may break what flock or fsync promise; then somebody is told."""
     recover()[0].shutdown()
     assert "network" not in caplog.text
     monkeypatch.setattr(directory, "_NETWORK", re.compile(".*"))
