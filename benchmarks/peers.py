@@ -28,7 +28,7 @@ Batch = list[tuple[int, tuple[int, bytes]]]
 _MAP_SIZE = 1 << 37
 
 
-class Peer:
+class Peer(abc.ABC):
     """A store of records in a directory; opening creates it."""
 
     name: ClassVar[str]
@@ -44,24 +44,25 @@ class Peer:
         self._api: Any = importlib.import_module(self.module)
         self._open(path)
 
+    @abc.abstractmethod
     def _open(self, path: str) -> None:
-        raise NotImplementedError
+        """Open the store in `path`, or create it."""
 
+    @abc.abstractmethod
     def commit(self, batch: Batch) -> None:
         """Store a batch; durable on return. Called by many threads at once."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def commit_arrays(self, arrays: Arrays) -> None:
         """Store a large batch; durable on return."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def load(self) -> Arrays:
         """Return every record as arrays."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def close(self) -> None:
         """Shut the store down."""
-        raise NotImplementedError
 
     def batches_per_write(self) -> float:
         """Return how many commits shared a write; 1 if the store does not tell."""
