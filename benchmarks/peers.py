@@ -8,6 +8,7 @@ says so.
 
 from __future__ import annotations
 
+import abc
 import importlib.metadata
 import importlib.util
 import os
