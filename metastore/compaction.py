@@ -49,13 +49,13 @@ class Job:
     block_stop: int
     run_start: int
     run_stop: int
+    #: Whether small blocks become one, although the run has nothing for them.
+    is_join: bool = False
 
     @property
     def is_copy(self) -> bool:
         """Whether nothing has to be decoded."""
         return self.run_start == self.run_stop and not self.is_join
-
-    is_join: bool = False
 
 
 def _cut(start: int, stop: int) -> Iterator[tuple[int, int]]:

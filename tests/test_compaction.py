@@ -1,0 +1,101 @@
+"""Which blocks are copied, which are merged, and that it makes no difference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metastore import MetadataStore, compaction, snapshot
+from metastore.compaction import plan_jobs
+from metastore.format import INDEX_DTYPE
+
+TARGET = 8
+
+
+@pytest.fixture(autouse=True)
+def tiny_blocks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compaction, "BLOCK_RECORDS_TARGET", TARGET)
+        patch.setattr(compaction, "_BLOCK_RECORDS_MIN", TARGET // 2)
+        patch.setattr(snapshot, "BLOCK_RECORDS_TARGET", TARGET)
+        yield
+
+
+def index_of(blocks: list[list[int]]) -> np.ndarray:
+    index = np.zeros(len(blocks), INDEX_DTYPE)
+    index["first_key"] = [keys[0] for keys in blocks]
+    index["last_key"] = [keys[-1] for keys in blocks]
+    index["n_records"] = [len(keys) for keys in blocks]
+    return index
+
+
+KEYS = st.integers(0, 400)
+
+
+@given(
+    st.sets(KEYS, max_size=150).map(sorted),
+    st.lists(st.integers(1, 2 * TARGET), min_size=1),
+    st.sets(KEYS, max_size=80).map(sorted),
+)
+def test_jobs_cover_everything_once(old, sizes, run):
+    blocks = []
+    while old:
+        size = sizes[len(blocks) % len(sizes)]
+        blocks.append(old[:size])
+        old = old[size:]
+    block_at = run_at = 0
+    last_key = -1
+    for job in plan_jobs(index_of(blocks), np.array(run, dtype=np.uint64)):
+        assert (job.block_start, job.run_start) == (block_at, run_at)
+        assert job.block_stop > job.block_start or job.run_stop > job.run_start
+        block_at, run_at = job.block_stop, job.run_stop
+        keys = run[job.run_start : job.run_stop]
+        for block in blocks[job.block_start : job.block_stop]:
+            keys += block
+        assert min(keys) > last_key  # so that the jobs' results follow each other
+        last_key = max(keys)
+        assert not (job.is_copy and job.run_stop > job.run_start)
+        assert len(keys) < 6 * TARGET
+    assert (block_at, run_at) == (len(blocks), len(run))
+
+
+def test_untouched_blocks_are_copied():
+    blocks = [[10 * i + k for k in range(TARGET)] for i in range(10)]
+    run = np.array([42, 1000], dtype=np.uint64)
+    jobs = list(plan_jobs(index_of(blocks), run))
+    assert [(job.block_start, job.block_stop) for job in jobs if job.is_copy] == [
+        (0, 4),
+        (5, 10),
+    ]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_many_compactions_against_a_dict(tmp_path, rng, threads):
+    """Blocks that are copied, joined and split hold the same as a dict at any time."""
+    expected: dict[int, tuple[int, bytes]] = {}
+    store, _ = MetadataStore.recover(tmp_path, threads=threads)
+    for _ in range(25):
+        for _ in range(rng.randrange(1, 4)):
+            batch = []
+            first = rng.randrange(500)
+            for key in rng.sample(range(first, first + 100), rng.randrange(1, 40)):
+                if rng.random() < 0.4:
+                    batch.append((key, None))
+                    expected.pop(key, None)
+                else:
+                    new = rng.randrange(1, 2**64), rng.randbytes(rng.choice([0, 8, 30]))
+                    batch.append((key, new))
+                    expected[key] = new
+            store.insert_batch(batch)
+        store.compact()
+        if rng.random() < 0.3:
+            store.shutdown()
+            store, recovered = MetadataStore.recover(tmp_path, threads=threads)
+            assert {key: (value, data) for key, value, data in recovered} == expected
+    store.shutdown()
+    store, recovered = MetadataStore.recover(tmp_path, threads=threads)
+    store.shutdown()
+    assert {key: (value, data) for key, value, data in recovered} == expected
+    assert recovered.report.snapshot is not None
