@@ -447,8 +447,11 @@ cdef int _read_header(
     status = _check_sizes(header, layout, payload_size, ms_load_u64(header + 40))
     if status != OK:
         return status
-    if kind == END and not snapshot and (payload_size or ms_load_u32(header + 24)):
-        return BAD_SIZE
+    if kind == END and not snapshot:
+        if payload_size or ms_load_u32(header + 24):
+            return BAD_SIZE
+        if ms_load_u32(header + 28) != CHECKSUM_XOR:  # of no bytes
+            return BAD_PAYLOAD
     while size & 7:
         if header[size]:
             return BAD_PADDING
