@@ -308,7 +308,10 @@ class Engine:
         return waiting + log_size - FILE_HEADER_SIZE > limit
 
     def _rotate_if_due(self) -> None:
-        if self._is_due(self._log.size):
+        # Not an empty log, though older ones that wait may be due by themselves.
+        if self._log.sequence > self._log.first_sequence and self._is_due(
+            self._log.size
+        ):
             self._rotate()
 
     def _rotate(self) -> None:

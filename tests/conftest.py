@@ -11,7 +11,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from metastore import MetadataStore
+from metastore import MetadataStore, cli
 from metastore.columns import Recovered
 
 # A store's work is mostly waiting for the disk: no deadline tells anything there.
@@ -30,6 +30,7 @@ hypothesis.settings.load_profile("metastore")
 SEED = int(os.environ.get("METASTORE_TEST_SEED", random.randrange(2**32)))
 
 Recover = Callable[..., tuple[MetadataStore, Recovered]]
+Run = Callable[..., tuple[int, str, str]]
 
 
 def pytest_report_header() -> str:
@@ -64,6 +65,18 @@ def recover(db: Path) -> Iterator[Recover]:
     yield recover_here
     for store in stores:
         store.shutdown()
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """A command in this process: exit status, output, errors."""
+
+    def run_here(*arguments: object) -> tuple[int, str, str]:
+        status = cli.main([str(argument) for argument in arguments])
+        output = capsys.readouterr()
+        return status, output.out, output.err
+
+    return run_here
 
 
 @pytest.fixture

@@ -30,18 +30,6 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """A command in this process: exit status, output, errors."""
-
-    def run_here(*arguments: object) -> tuple[int, str, str]:
-        status = cli.main([str(argument) for argument in arguments])
-        output = capsys.readouterr()
-        return status, output.out, output.err
-
-    return run_here
-
-
-@pytest.fixture
 def store(db: Path) -> Path:
     """A snapshot, a sealed log, and a log that a kill left open."""
     verbs.write(db, verbs.numbered(4))

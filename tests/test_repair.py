@@ -23,7 +23,7 @@ import pytest
 import oracle
 import verbs
 from disk import Disk, Fault, Image, Operation
-from metastore import MetadataStore, cli, repair
+from metastore import MetadataStore, repair
 from metastore.errors import CorruptionError, FormatVersionError, MetastoreError
 from metastore.salvage import Evidence, find_store_seed
 from simulated import SimulatedDirectory
@@ -530,16 +530,6 @@ def check_unfinished(new: Disk, wanted: State) -> None:
 
 
 # The command, on real directories
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def run_here(*arguments: object) -> tuple[int, str, str]:
-        status = cli.main([str(argument) for argument in arguments])
-        output = capsys.readouterr()
-        return status, output.out, output.err
-
-    return run_here
 
 
 @pytest.fixture

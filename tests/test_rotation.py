@@ -1,8 +1,10 @@
 """Rotation and the preparation of the next log, side by side."""
 
 import threading
+from unittest import mock
 
 from metastore import MetadataStore
+from metastore.compaction import Compactor
 from metastore.directory import Directory
 
 
@@ -46,3 +48,16 @@ def test_the_next_log_is_created_by_one_thread(tmp_path):
     store, recovered = MetadataStore.recover(tmp_path)
     store.shutdown()
     assert len(recovered) == 200
+
+
+def test_a_log_without_batches_is_not_rotated(tmp_path):
+    """Older logs that wait may be due by themselves; then a sync began a new log."""
+    store, _ = MetadataStore.recover(tmp_path)
+    store.insert_batch([(1, (1, bytes(5_000)))])
+    store.shutdown()
+    with mock.patch.object(Compactor, "submit"):  # so that the sealed log waits
+        store, _ = MetadataStore.recover(tmp_path, log_size_bytes_min=1)
+        store.sync()
+        assert store.stats().n_logs_sealed == 1
+        assert store.stats().n_rotations == 0
+        store.shutdown()
