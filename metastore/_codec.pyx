@@ -531,6 +531,21 @@ def scan_frames(
     return n, offset, status
 
 
+def totals(const uint64_t[:, ::1] table not None):
+    """Return records and user data size of the frames that a scan put into `table`."""
+    cdef uint64_t n_records = 0, user_data_size = 0
+    cdef Py_ssize_t i
+    cdef const Row* row
+    if table.shape[1] != COLUMNS:
+        raise ValueError("the table has a wrong shape")
+    with nogil:
+        for i in range(table.shape[0]):
+            row = <const Row*>&table[i, 0]
+            n_records += row.n_records
+            user_data_size += row.user_data_size
+    return n_records, user_data_size
+
+
 def frame_size(const uint8_t[::1] data not None, Py_ssize_t offset):
     """Return the whole size that the frame header at `offset` claims, in bytes."""
     if offset < 0 or data.shape[0] - offset < HEADER:
@@ -563,21 +578,6 @@ def find_durable(
                 break
             offset += 8
     return found
-
-
-def find_nonzero(const uint8_t[::1] data not None, Py_ssize_t offset=0):
-    """Return the offset of the first byte from `offset` on that is not zero, or -1."""
-    cdef Py_ssize_t size = data.shape[0]
-    if offset < 0:
-        raise ValueError("negative offset")
-    if offset >= size:
-        return -1
-    with nogil:
-        while offset + 8 <= size and ms_load_u64(&data[offset]) == 0:
-            offset += 8
-        while offset < size and data[offset] == 0:
-            offset += 1
-    return offset if offset < size else -1
 
 
 # ---- decoding payloads (sections 5 and 6) ----

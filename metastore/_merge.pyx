@@ -142,22 +142,26 @@ def sort_ranges(
 ):
     """Sort each range between two `starts` by itself, stably, in place.
 
-    The spare arrays lose their contents within the ranges.
+    The spare arrays are scratch; each is at least as long as the longest range.
     """
     cdef Py_ssize_t n = keys.shape[0]
+    cdef Py_ssize_t n_spare = min(spare_keys.shape[0], spare_order.shape[0])
     cdef Py_ssize_t i, start, stop
-    if not (order.shape[0] == spare_keys.shape[0] == spare_order.shape[0] == n):
+    if order.shape[0] != n:
         raise ValueError("the arrays do not match")
     for i in range(starts.shape[0]):
-        if starts[i] < (starts[i - 1] if i else 0) or starts[i] > n:
+        start = starts[i - 1] if i else 0
+        if starts[i] < start or starts[i] > n:
             raise IndexError("a range is outside the arrays")
+        if i and starts[i] - start > n_spare:
+            raise ValueError("a range is longer than the spare arrays")
     with nogil:
         for i in range(starts.shape[0] - 1):
             start, stop = starts[i], starts[i + 1]
             if stop - start > 1:
                 _sort(
-                    &keys[start], &order[start], &spare_keys[start],
-                    &spare_order[start], stop - start, True,
+                    &keys[start], &order[start], &spare_keys[0],
+                    &spare_order[0], stop - start, True,
                 )
 
 

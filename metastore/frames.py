@@ -27,7 +27,6 @@ __all__ = [
     "encode",
     "encode_batch",
     "new_table",
-    "totals",
 ]
 
 Table = Uint64s
@@ -108,23 +107,15 @@ def decode(data: memoryview, table: Table) -> tuple[Columns, int, int]:
     status : int
         What is wrong with the next one, or 0.
     """
-    n_records, size = totals(table)
+    n_records, size = _codec.totals(table)
     columns = Columns.allocate(n_records, size)
     whole = columns.target(0, n_records, 0, size)
     n, status = decode_into(data, table, whole, 0)
     if n < len(table):
-        n_records, size = totals(table[:n])
+        n_records, size = _codec.totals(table[:n])
         keys, values, offsets, user_data = columns.part(0, n_records).arrays()
         columns = Columns(keys, values, offsets, user_data[:size])
     return columns, n, status
-
-
-def totals(table: Table) -> tuple[int, int]:
-    """Return records and user data size of scanned frames; both were bounded there."""
-    return (
-        int(table[:, _codec.ROW_RECORDS].sum()),
-        int(table[:, _codec.ROW_USER_DATA_SIZE].sum()),
-    )
 
 
 def corruption(

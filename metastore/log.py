@@ -26,7 +26,7 @@ from metastore.format import (
     FileHeader,
     log_seed,
 )
-from metastore.frames import Table, corruption, decode_into, new_table, totals
+from metastore.frames import Table, corruption, decode_into, new_table
 from metastore.parallel import ordered_map
 
 __all__ = ["LogContent", "LogWriter", "prepare_log", "read_log"]
@@ -194,11 +194,13 @@ class _Window:
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where the records of a window go: an extent, and the first free place in it."""
+    """Where the records of a window go: an extent, and a range of each column in it."""
 
     extent: int
-    record: int
-    user_data: int
+    start: int
+    stop: int
+    data_start: int
+    data_stop: int
 
 
 class _Extents:
@@ -216,13 +218,13 @@ class _Extents:
 
     def reserve(self, window: _Window) -> _Place:
         """Return a place with room for the window's records."""
-        n, size = totals(window.table)
+        n, size = _codec.totals(window.table)
         if not self._extents or not self._fits(n, size):
             self._extend(n, size, len(window.data))
         self._left -= len(window.data)
-        record, user_data = self._taken[-1]
-        self._taken[-1] = record + n, user_data + size
-        return _Place(len(self._extents) - 1, record, user_data)
+        start, low = self._taken[-1]
+        self._taken[-1] = start + n, low + size
+        return _Place(len(self._extents) - 1, start, start + n, low, low + size)
 
     def _fits(self, n: int, size: int) -> bool:
         record, user_data = self._taken[-1]
@@ -241,16 +243,16 @@ class _Extents:
 
     def decode(self, window: _Window, place: _Place) -> tuple[int, int]:
         """Decode a window into its place; see ``_codec.decode_frames``."""
-        n, size = totals(window.table)
-        start, low = place.record, place.user_data
-        target = self._extents[place.extent].target(start, start + n, low, low + size)
-        return decode_into(window.data, window.table, target, low)
+        target = self._extents[place.extent].target(
+            place.start, place.stop, place.data_start, place.data_stop
+        )
+        return decode_into(window.data, window.table, target, place.data_start)
 
     def cut(self, place: _Place, table: Table) -> None:
         """Give up everything behind the frames of `table` in the window at `place`."""
-        n, size = totals(table)
+        n, size = _codec.totals(table)
         del self._extents[place.extent + 1 :], self._taken[place.extent + 1 :]
-        self._taken[place.extent] = place.record + n, place.user_data + size
+        self._taken[place.extent] = place.start + n, place.data_start + size
 
     def parts(self) -> list[Columns]:
         """Return what was decoded."""

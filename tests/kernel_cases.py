@@ -47,8 +47,7 @@ def scan_and_decode(rng: random.Random) -> None:
     assert 0 <= stop <= len(data)
     table = table[:n]
     decode(memoryview(data), table)
-    n_records = int(table[:, _codec.ROW_RECORDS].sum())
-    size = int(table[:, _codec.ROW_USER_DATA_SIZE].sum())
+    n_records, size = _codec.totals(table)
     arrays = [np.empty(size_near(rng, n_records), dtype=np.uint64) for _ in range(3)]
     user_data = np.empty(size_near(rng, size), dtype=np.uint8)
     cut = data[: rng.choice([len(data), rng.randrange(len(data) + 1)])]
@@ -63,7 +62,6 @@ def search(rng: random.Random) -> None:
     sequence = hostile.edge(rng, 64)
     functions: list[Callable[[], object]] = [
         lambda: _codec.find_durable(data, offset, 0, sequence),
-        lambda: _codec.find_nonzero(data, offset),
         lambda: _codec.frame_size(data, offset),
         lambda: _codec.check_payload(data, np.zeros(rng.choice([0, 5, 6]), np.uint64)),
         lambda: _codec.split_planes(np.frombuffer(data, np.uint8), rng.randrange(70)),
@@ -170,11 +168,12 @@ def digits(rng: random.Random) -> None:
         positions[at] = rng.choice([-1, n, 2**62, -(2**63)])
     to_keys, to_order = np.empty(n, np.uint64), np.empty(n, np.uint32)
     first = rng.choice([0, 2**32 - 1])
-    spare = np.empty(size_near(rng, n), np.uint64), np.empty(n, np.uint32)
     starts = sorted(rng.randrange(n + 1) for _ in range(rng.randrange(5)))
     if starts and rng.random() < 0.3:
         starts[rng.randrange(len(starts))] = rng.choice([-1, n + 1, 2**62])
     ranges = np.array(starts, dtype=np.int64)
+    longest = min(n, int(np.diff(ranges).max(initial=0)))
+    spare = np.empty(size_near(rng, longest), np.uint64), np.empty(longest, np.uint32)
     keys = table.keys.copy()
     _merge.sort_ranges(keys, np.arange(n, dtype=np.uint32), *spare, ranges)
     _merge.scatter(table.keys, first, shift, bits, positions, to_keys, to_order)

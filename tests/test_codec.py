@@ -237,6 +237,8 @@ def test_metastore_scans_many_frames(
     assert table[:n, _codec.ROW_OFFSET].tolist() == [b.offset for b in whole.batches]
     sizes = [len(batch) for batch in batches]
     assert table[:n, _codec.ROW_RECORDS].tolist() == sizes
+    user_data_size = sum(len(data) for batch in batches for _, _, data in batch)
+    assert _codec.totals(table[:n]) == (sum(sizes), user_data_size)
     if sealed:
         assert whole.end is not None
         assert (offset, status) == (whole.end.offset, _codec.SCAN_SEALED)
@@ -1005,15 +1007,6 @@ def test_find_durable_agrees_with_the_oracle() -> None:
                     assert oracle.get_field(part, found, "durable") >= sequence
 
 
-@settings(max_examples=30)
-@given(st.binary(max_size=20), st.integers(0, 40), st.integers(0, 40))
-def test_find_nonzero(data: bytes, before: int, offset: int) -> None:
-    data = bytes(before) + data
-    offset = min(offset, len(data))
-    expected = next((i for i in range(offset, len(data)) if data[i]), -1)
-    assert _codec.find_nonzero(data, offset) == expected
-
-
 # crc32c
 
 
@@ -1099,9 +1092,10 @@ keys_that_repeat = st.lists(
     st.sampled_from([None, 0, 1, 8]),
     st.integers(1, 4),
     st.integers(1, 16),
+    st.booleans(),
 )
 def test_sort_last_wins(
-    keys: list[int], length: int | None, threads: int, sort_bits: int
+    keys: list[int], length: int | None, threads: int, sort_bits: int, reuse: bool
 ) -> None:
     records = []
     for i, key in enumerate(keys):
@@ -1110,7 +1104,7 @@ def test_sort_last_wins(
     model = {key: (value, data) for key, value, data in records}
     # Threads share what is worth it: here a few records are.
     with mock.patch.multiple(columns, _RECORDS_PER_THREAD=4, _SORT_BITS=sort_bits):
-        found = columns.sort_last_wins(to_columns(records), threads)
+        found = columns.sort_last_wins(to_columns(records), threads, reuse=reuse)
     assert to_records(found) == [(key, *model[key]) for key in sorted(model)]
     assert int(found.offsets[-1]) == len(found.user_data)
 
