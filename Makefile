@@ -63,14 +63,15 @@ types: setup  ## mypy --strict, and the stubs held to the extensions
 	$(BIN)/mypy --strict metastore
 	$(BIN)/python -m mypy.stubtest $(EXTENSIONS)
 
-# Each campaign prints its seed and its counts; `make -k stress` goes on behind one that
-# found something. METASTORE_TEST_SEED=... repeats them, STRESS_SECONDS is how long the
-# fuzzer runs, and test_crash_states.py says what sizes the first.
+# Each campaign tells its seed and its counts in one line, `campaign NAME: ...`, at its
+# end; -k goes on behind one that found something. METASTORE_TEST_SEED=... repeats them.
+# STRESS_SECONDS is how long the fuzzer runs, by itself under a sanitizer; the others
+# take as long on a second processor, and their files say which variables size them.
 STRESS_SECONDS ?= 3600
 CAMPAIGN := $(BIN)/python -m pytest -m slow -s -rs --timeout 0
 CAMPAIGNS := test_crash_states test_crowd test_processes test_damage
 
-stress: $(CAMPAIGNS:%=stress-%) stress-rest stress-fuzz  ## the long campaigns (hours)
+stress: stress-fuzz $(CAMPAIGNS:%=stress-%) stress-rest  ## the long campaigns: make -j2 -k stress
 
 stress-test_%: setup
 	$(CAMPAIGN) tests/test_$*.py $(ARGS)

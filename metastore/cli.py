@@ -46,7 +46,8 @@ EXIT_OUTPUT_CLOSED = 141
 
 _EPILOG = """\
 exit status:
-  0    fine
+  0    fine; if verify says on the standard error that a file is damaged which a
+       snapshot contains, nothing is lost with it
   1    damage in the store, something lost that repair could not save, or a difference
        found by the demo
   2    wrong usage, no store, or an error of the operating system
@@ -95,11 +96,7 @@ def _overview_lines(found: Overview) -> Iterator[str]:
         cells = zip(row, widths, strict=True)
         yield "  ".join(cell.ljust(width) for cell, width in cells).rstrip()
     yield from _listing_lines(found.listing.temporaries, found.listing.unknown)
-    if found.n_quarantined:
-        yield (
-            f"quarantine  {demo.counted(found.n_quarantined, 'file')}, "
-            f"{found.quarantined_size:,} bytes"
-        )
+    yield from _quarantine_lines(found.quarantined_sizes)
 
 
 def _facts_row(facts: FileFacts) -> list[str]:
@@ -144,6 +141,11 @@ def _listing_lines(temporaries: Sequence[str], unknown: Sequence[str]) -> Iterat
         yield f"unknown     {_one_line(name)}"
 
 
+def _quarantine_lines(sizes: Sequence[int]) -> Iterator[str]:
+    if sizes:
+        yield f"quarantine  {demo.counted(len(sizes), 'file')}, {sum(sizes):,} bytes"
+
+
 # ---- verify ----
 
 
@@ -158,6 +160,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     else:
         for line in _verification_lines(found):
             print(line)
+    for check in found.damaged_contained:
+        _complain(f"{check.damage}: no loss, {check.contained_in} contains this file")
     return _judge(found.damage)
 
 
@@ -165,12 +169,15 @@ def _verification_lines(found: Verification) -> Iterator[str]:
     for check in found.files:
         yield f"{check.name}  {check.size:,} bytes"
         yield f"  checked {check.checked}"
+        if check.contained_in is not None:
+            yield f"  not needed: {check.contained_in} contains this file"
         if check.damage is not None:
             yield f"  damaged at offset {check.damage.offset}: {check.damage.reason}"
         for gap in check.gaps:
             where = f"{gap.size:,} bytes at offset {gap.offset}"
             yield f"  not whole: {where}: {gap.reason}"
     yield from _listing_lines(found.temporaries, found.unknown)
+    yield from _quarantine_lines(found.quarantined_sizes)
     if found.damage is not None:
         yield "damaged: recovery refuses this store"
         return
@@ -201,6 +208,8 @@ def _verification_json(found: Verification) -> dict[str, object]:
         "files": [_check_json(check) for check in found.files],
         "temporaries": list(found.temporaries),
         "unknown": list(found.unknown),
+        "n_quarantined": len(found.quarantined_sizes),
+        "quarantined_size": sum(found.quarantined_sizes),
         "holder_pid": found.holder_pid,
     }
 
@@ -216,6 +225,7 @@ def _check_json(check: FileCheck) -> dict[str, object]:
         "n_records": check.n_records,
         "damage": _damage_json(check.damage),
         "gaps": [dataclasses.asdict(gap) for gap in check.gaps],
+        "contained_in": check.contained_in and str(check.contained_in),
     }
 
 

@@ -42,6 +42,9 @@ QUARANTINE = "quarantine"
 
 _NAME = re.compile(r"(log|snapshot)_([0-9a-f]{16})(\.tmp)?")
 _TEMPORARY_SUFFIX = ".tmp"
+#: More files than a store begins before it is opened again: one every millisecond, with
+#: three syncs each, for 49 days.
+_NUMBERS_AHEAD = 1 << 32
 #: File systems that may not keep what `flock` and `fsync` promise.
 _NETWORK = re.compile(
     r"9p|afs|beegfs|ceph|cifs|davfs|fuse\.(sshfs|glusterfs|ceph|s3fs|rclone|juicefs)"
@@ -75,12 +78,16 @@ class Listing:
     logs: tuple[FileName, ...]
     temporaries: tuple[str, ...]
     unknown: tuple[str, ...]
-    #: The greatest number in any name of ours, a directory's among them; else 0.
+    #: New files have greater numbers than this; see :func:`parse_listing`.
     number_max: int
 
 
 def parse_listing(names: Sequence[tuple[str, bool]]) -> Listing:
     """Sort the names of a directory.
+
+    A new file must not meet the name of a temporary, or of a directory that is called
+    like a log: so their numbers count, too. But such a name is no file of a store, and
+    must not use up the numbers: one that no store will reach does not count.
 
     Parameters
     ----------
@@ -88,9 +95,9 @@ def parse_listing(names: Sequence[tuple[str, bool]]) -> Listing:
         Each name, and whether it is a regular file.
     """
     found: dict[str, list[FileName]] = {"log": [], "snapshot": []}
-    temporaries = []
-    unknown = []
-    number_max = 0
+    temporaries: list[str] = []
+    unknown: list[str] = []
+    numbers_met = []
     for name, is_file in sorted(names):
         match = _NAME.fullmatch(name)
         number = int(match[2], 16) if match else 0
@@ -98,13 +105,16 @@ def parse_listing(names: Sequence[tuple[str, bool]]) -> Listing:
             if name not in (WARNING, QUARANTINE):
                 unknown.append(name)
             continue
-        number_max = max(number_max, number)
-        if not is_file:
-            unknown.append(name)
-        elif match[3]:
-            temporaries.append(name)
-        else:
+        if is_file and not match[3]:
             found[match[1]].append(FileName(match[1], number))
+            continue
+        numbers_met.append(number)
+        (temporaries if is_file else unknown).append(name)
+    files = [*found["log"], *found["snapshot"]]
+    number_max = max((name.number for name in files), default=0)
+    for number in sorted(numbers_met):
+        if number <= number_max + _NUMBERS_AHEAD:
+            number_max = max(number_max, number)
     return Listing(
         snapshots=tuple(sorted(found["snapshot"])),
         logs=tuple(sorted(found["log"])),

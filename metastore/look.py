@@ -31,6 +31,7 @@ from metastore.format import (
 )
 from metastore.frames import new_table
 from metastore.log import LogContent, read_log
+from metastore.parallel import ordered_map
 from metastore.recovery import (
     Content,
     Headers,
@@ -153,8 +154,8 @@ class Overview:
     store_id: bytes | None
     files: list[FileFacts]
     listing: Listing
-    n_quarantined: int
-    quarantined_size: int
+    #: In bytes, of the files in quarantine.
+    quarantined_sizes: list[int]
     #: The process that holds the lock, where the system tells.
     holder_pid: int | None
     damage: CorruptionError | None
@@ -170,13 +171,11 @@ def overview(directory: Directory) -> Overview:
         for name in (*listing.snapshots, *listing.logs)
     ]
     damages = (facts.damage for facts in files if facts.damage is not None)
-    quarantined = _quarantined_sizes(directory)
     return Overview(
         store_id=plan.store_id,
         files=files,
         listing=listing,
-        n_quarantined=len(quarantined),
-        quarantined_size=sum(quarantined),
+        quarantined_sizes=_quarantined_sizes(directory),
         holder_pid=directory._lock_holder(),
         damage=plan.damage or next(damages, None),
     )
@@ -191,6 +190,18 @@ def _bound(name: FileName, listing: Listing, headers: Headers) -> int | None:
         if later > name and isinstance(header, FileHeader):
             return header.sequence
     return None
+
+
+def _bound_of_contained(name: FileName, headers: Headers) -> int | None:
+    """Return the first sequence of the very next log, if that is still there.
+
+    An interrupted removal may have left any of the logs that a snapshot contains: one
+    further on bounds nothing.
+    """
+    header = headers.get(FileName(name.kind, name.number + 1))
+    if name.kind != "log" or not isinstance(header, FileHeader):
+        return None
+    return header.sequence
 
 
 def _facts(
@@ -281,6 +292,8 @@ class FileCheck:
     damage: CorruptionError | None
     #: If there is damage: every stretch of bytes that is in no whole frame.
     gaps: tuple[Gap, ...] = ()
+    #: The whole snapshot that makes this file superfluous: damage in it is no loss.
+    contained_in: FileName | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,6 +301,7 @@ class Verification:
     """What a reading of the whole store found."""
 
     path: str
+    #: Every snapshot and log.
     files: list[FileCheck]
     #: Of the whole store; None if it is damaged.
     n_records: int | None
@@ -297,6 +311,8 @@ class Verification:
     torn: tuple[FileName, int, int] | None
     temporaries: tuple[str, ...]
     unknown: tuple[str, ...]
+    #: In bytes, of the files in quarantine.
+    quarantined_sizes: list[int]
     holder_pid: int | None
     #: What recovery would refuse.
     damage: CorruptionError | None
@@ -306,14 +322,20 @@ class Verification:
         """Whether recovery accepts the directory."""
         return self.damage is None
 
+    @property
+    def damaged_contained(self) -> list[FileCheck]:
+        """Damaged files that a whole snapshot contains: nothing is lost with them."""
+        return [check for check in self.files if check.contained_in and check.damage]
+
 
 def verification(
     directory: Directory, threads: int, progress: Progress
 ) -> Verification:
-    """Read and check everything that a recovery would read.
+    """Read and check every frame of every log and snapshot.
 
-    If there is damage, each file is also read by itself, so that every damaged one is
-    found and not only the first.
+    What a recovery would read is read in the same way. If there is damage, each file is
+    also read by itself, so that every damaged one is found and not only the first; and
+    so is each that a snapshot contains, which a recovery would only remove.
     """
 
     def look(directory: Directory) -> Verification:
@@ -330,21 +352,43 @@ def _verify(directory: Directory, threads: int, progress: Progress) -> Verificat
     content = found.content
     return Verification(
         path=directory.path,
-        files=[
-            _check_read(name, found.sizes[name], content)
-            if content is not None
-            else _check_alone(directory, name, found, threads)
-            for name in (*found.listing.snapshots, *found.listing.logs)
-        ],
+        files=_check_files(directory, found, threads),
         n_records=len(content.columns) if content else None,
         user_data_size=content.columns.user_data_size if content else None,
         sequence=content.sequence if content else None,
         torn=content.torn if content else None,
         temporaries=found.listing.temporaries,
         unknown=found.listing.unknown,
+        quarantined_sizes=_quarantined_sizes(directory),
         holder_pid=directory._lock_holder(),
         damage=found.damage,
     )
+
+
+def _check_files(
+    directory: Directory, found: Inspection, threads: int
+) -> list[FileCheck]:
+    """Check the files that a recovery reads, and those that it would only remove."""
+    listing, headers = found.listing, found.headers
+    names = (*listing.snapshots, *listing.logs)
+    plan = make_plan(listing, headers, directory.path)
+    checks = _checks_read(found.content) if found.content is not None else {}
+    for name in names:
+        if name not in checks and name not in plan.obsolete:
+            bound = _bound(name, listing, headers)
+            checks[name] = _check_alone(directory, name, headers[name], bound, threads)
+    snapshot = plan.snapshot
+    if snapshot is not None and checks[snapshot].damage is not None:
+        snapshot = None  # what is contained in it may be all there is
+    for name in plan.obsolete:
+        bound = (
+            _bound_of_contained(name, headers)
+            if snapshot
+            else _bound(name, listing, headers)
+        )
+        check = _check_alone(directory, name, headers[name], bound, threads)
+        checks[name] = dataclasses.replace(check, contained_in=snapshot)
+    return [checks[name] for name in names]
 
 
 def _check_snapshot(name: FileName, size: int, reader: SnapshotReader) -> FileCheck:
@@ -365,27 +409,27 @@ def _check_log(name: FileName, size: int, log: LogContent) -> FileCheck:
     return FileCheck(name, size, checked, log.n_batches, None, log.damage)
 
 
-def _check_read(name: FileName, size: int, content: Content) -> FileCheck:
-    """Describe a file of a store that was read as a whole."""
-    if name == content.plan.snapshot and content.snapshot is not None:
-        return _check_snapshot(name, size, content.snapshot)
-    for read, log, _ in content.logs:
-        if read == name:
-            return _check_log(name, size, log)
-    checked = f"header only: {content.plan.snapshot} contains this file"
-    return FileCheck(name, size, checked, None, None, None)
+def _checks_read(content: Content) -> dict[FileName, FileCheck]:
+    """Describe the files of a store that was read as a whole."""
+    checks = {name: _check_log(name, size, log) for name, log, size in content.logs}
+    name, reader = content.plan.snapshot, content.snapshot
+    if name is not None and reader is not None:
+        checks[name] = _check_snapshot(name, reader.size, reader)
+    return checks
 
 
 def _check_alone(
-    directory: Directory, name: FileName, found: Inspection, threads: int
+    directory: Directory,
+    name: FileName,
+    header: FileHeader | CorruptionError,
+    bound: int | None,
+    threads: int,
 ) -> FileCheck:
     """Read a file without regard to the others."""
-    size = found.sizes[name]
-    header = found.headers[name]
-    if isinstance(header, CorruptionError):
-        return FileCheck(name, size, "header", None, None, header)
-    bound = _bound(name, found.listing, found.headers)
     with contextlib.closing(directory.open(str(name))) as file:
+        size = file.size()
+        if isinstance(header, CorruptionError):
+            return FileCheck(name, size, "header", None, None, header)
         if name.kind == "log":
             log = read_log(file, header, bound=bound, threads=threads)
             check = _check_log(name, size, log)
@@ -402,7 +446,8 @@ def _check_snapshot_alone(
 ) -> FileCheck:
     try:
         reader = SnapshotReader(file, header)
-        reader.read_all(threads)
+        for _ in ordered_map(reader.read_block, range(reader.n_blocks), threads):
+            pass
     except CorruptionError as error:
         return FileCheck(name, size, "header, index and blocks", None, None, error)
     return _check_snapshot(name, size, reader)

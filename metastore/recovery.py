@@ -325,7 +325,7 @@ def read(
     finally:
         for file in files.values():
             file.close()
-    run = sort_last_wins(concatenate(parts), threads)
+    run = sort_last_wins(concatenate(parts), threads, reuse=True)
     content.columns = merge(old, run, threads)
     counter.add(total)
     return content
@@ -531,23 +531,28 @@ def read_directory(
     that follow that.
     """
     try:
-        return _read_directory(directory, on_damage, threads, progress, settle_log)
+        listing = parse_listing(directory.names())
+        headers = read_headers(directory, listing)
+        return _read_listed(
+            directory, listing, headers, on_damage, threads, progress, settle_log
+        )
     except CorruptionError as error:
         error.add_note(_WAY_OUT)
         raise
 
 
-def _read_directory(
+def _read_listed(
     directory: DirectoryProtocol,
+    listing: Listing,
+    headers: Headers,
     on_damage: str,
     threads: int,
     progress: Progress | None,
     settle_log: bool,
 ) -> Content:
-    listing = parse_listing(directory.names())
-    headers = dict(read_headers(directory, listing))
+    known = dict(headers)
     while True:
-        plan = make_plan(listing, headers, directory.path)
+        plan = make_plan(listing, known, directory.path)
         if plan.damage is not None and on_damage == "raise":
             raise plan.damage
         try:
@@ -562,7 +567,7 @@ def _read_directory(
         except CorruptionError as error:
             if on_damage == "raise" or plan.snapshot is None:
                 raise
-            headers[plan.snapshot] = error
+            known[plan.snapshot] = error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -604,12 +609,8 @@ def inspect(
     except FormatVersionError as error:
         return Inspection(listing, {}, sizes, None, None, error)
     try:
-        content = read_directory(
-            directory,
-            on_damage="raise",
-            threads=threads,
-            progress=progress,
-            settle_log=False,
+        content = _read_listed(
+            directory, listing, headers, "raise", threads, progress, settle_log=False
         )
     except MetastoreError as error:
         return Inspection(listing, headers, sizes, None, None, error)

@@ -1,14 +1,14 @@
 """Repair: save what is provably whole from a damaged store into a new one.
 
-The damaged directory is only read. First every byte of it is copied, then the copy is
-taken apart, and what is whole goes into one snapshot, which is read back.
+The damaged directory is only read. First every byte of it is copied (``repair_copy``),
+then the copy is taken apart, and what is whole goes into one snapshot, which is read
+back.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +21,6 @@ from metastore.directory import (
     Directory,
     DirectoryProtocol,
     FileName,
-    FileProtocol,
     parse_listing,
 )
 from metastore.errors import CorruptionError, MetastoreError
@@ -29,6 +28,8 @@ from metastore.format import STORE_ID_SIZE, snapshot_seed
 from metastore.look import open_store
 from metastore.parallel import default_threads
 from metastore.recovery import Progress, read_directory, read_headers
+from metastore.repair_copy import Copy
+from metastore.repair_report import Range, RepairedFile, RepairReport
 from metastore.salvage import (
     Block,
     Evidence,
@@ -49,157 +50,7 @@ __all__ = ["ORIGINAL", "RepairReport", "RepairedFile", "repair"]
 #: store keeps only so many.
 ORIGINAL = "original"
 
-_COPY_SIZE = 1 << 20
-#: What is lost of a medium that cannot be read, in bytes.
-_SECTOR_SIZE = 4_096
 _COMPRESSION_LEVEL = 1
-
-Range = tuple[int, int]
-
-
-# ---- the report ----
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RepairedFile:
-    """What became of one log or snapshot."""
-
-    name: str
-    #: In bytes.
-    size: int
-    #: What was done with it, for people.
-    fate: str
-    #: The sequences of a log's whole batches: first and last of each stretch.
-    whole: tuple[Range, ...] = ()
-    #: Bytes that are in no whole frame, and why.
-    gaps: tuple[Gap, ...] = ()
-    #: Blocks of a snapshot that are damaged.
-    blocks_lost: tuple[LostBlock, ...] = ()
-    #: A torn tail: never acknowledged, hence no loss.
-    torn: Gap | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RepairReport:
-    """What a repair saved, and exactly what it did not."""
-
-    source: str
-    destination: str
-    #: The process that held the source, where the system tells.
-    holder_pid: int | None
-    #: Whether only the longest correct prefix was asked for.
-    prefix_only: bool
-    #: Sequence that the next batch of the new store follows.
-    sequence: int
-    #: The result holds every batch up to this one.
-    prefix_sequence: int
-    n_records: int
-    user_data_size: int
-    #: Batches that were taken from logs.
-    n_batches: int
-    #: Sequences, first and last, of batches that are known to have been and are lost.
-    missing: tuple[Range, ...]
-    #: Those of whole batches behind the prefix, if only that was asked for.
-    left_out: tuple[Range, ...]
-    files: tuple[RepairedFile, ...]
-    #: Where the copy lies, relative to the destination; its files and their bytes.
-    original: str
-    n_copied: int
-    copied_size: int
-    #: Names that were not copied: they are no regular files.
-    not_copied: tuple[str, ...]
-    #: Bytes that the source's medium would not give; zeros in the copy.
-    unreadable: Mapping[str, tuple[Gap, ...]]
-
-    @property
-    def is_prefix(self) -> bool:
-        """Whether the result is what the store held after some batch."""
-        return self.prefix_only or (
-            not any(first <= self.sequence for first, _ in self.missing)
-            and not any(file.blocks_lost for file in self.files)
-        )
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether nothing that was found damaged had anything to lose."""
-        return (
-            not self.missing
-            and not self.left_out
-            and not self.unreadable
-            and not any(file.gaps or file.blocks_lost for file in self.files)
-        )
-
-    def as_json(self) -> dict[str, object]:
-        """Return everything as what ``json.dumps`` takes."""
-        return {
-            "is_prefix": self.is_prefix,
-            "is_complete": self.is_complete,
-            **dataclasses.asdict(self),
-        }
-
-    def __str__(self) -> str:
-        return "\n".join(self._lines())
-
-    def _lines(self) -> Iterator[str]:
-        yield f"repaired {self.source} into {self.destination}"
-        if self.holder_pid is not None:
-            yield (
-                f"  process {self.holder_pid} holds the source: what it wrote "
-                "meanwhile may look like damage; shut it down and repair again"
-            )
-        yield (
-            f"  saved: {self.n_records:,} records, {self.user_data_size:,} bytes of "
-            f"user data, {self.n_batches:,} batches from logs; "
-            f"complete up to batch {self.prefix_sequence:,}"
-        )
-        yield f"  next batch: {self.sequence + 1:,}"
-        yield (
-            f"  copied: {self.n_copied:,} files, {self.copied_size:,} bytes, "
-            f"into {self.original}"
-        )
-        if self.not_copied:
-            yield f"  not copied, no regular files: {', '.join(self.not_copied)}"
-        for name, gaps in self.unreadable.items():
-            yield from (f"  {name}: {_place(gap)}" for gap in gaps)
-        for file in self.files:
-            yield from _file_lines(file)
-        if self.missing:
-            yield f"missing: batches {_ranges(self.missing)}"
-        if self.left_out:
-            yield f"left out, behind the damage: batches {_ranges(self.left_out)}"
-        if not self.is_prefix:
-            yield (
-                "NOT A PREFIX: the result also holds batches behind what is missing; "
-                "records that those would have changed are as they were before"
-            )
-        if self.is_complete:
-            yield "nothing is known to be missing"
-
-
-def _file_lines(file: RepairedFile) -> Iterator[str]:
-    whole = f": batches {_ranges(file.whole)}" if file.whole else ""
-    yield f"  {file.name}  {file.size:,} bytes, {file.fate}{whole}"
-    for gap in file.gaps:
-        yield f"    not saved: {_place(gap)}"
-    for lost in file.blocks_lost:
-        n = "an unknown number of" if lost.n_records is None else f"{lost.n_records:,}"
-        yield (
-            f"    lost: {n} records with keys {lost.first_key} to {lost.last_key} "
-            f"({lost.size:,} bytes at offset {lost.offset})"
-        )
-    if file.torn:
-        yield f"    torn tail, never acknowledged: {_place(file.torn)}"
-
-
-def _place(gap: Gap) -> str:
-    return f"{gap.size:,} bytes at offset {gap.offset}: {gap.reason}"
-
-
-def _ranges(ranges: Iterable[Range]) -> str:
-    return ", ".join(
-        f"{first:,}" if first == last else f"{first:,} to {last:,}"
-        for first, last in ranges
-    )
 
 
 # ---- the face ----
@@ -317,8 +168,8 @@ def repair_into(
     quarantine = new.subdirectory(QUARANTINE)
     original = quarantine.subdirectory(ORIGINAL)
     try:
-        copy = _Copy(progress)
-        copy.copy_all(sources, original)
+        copy = Copy(sources, progress)
+        copy.copy_into(original)
         found = _take_apart(original, threads)
         plan = _decide(found, prefix_only)
         columns = _assemble(plan, threads)
@@ -350,82 +201,18 @@ def repair_into(
     )
 
 
-# ---- copy ----
-
-
-class _Copy:
-    """Copies directories byte for byte, and notes what cannot be read."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self._progress = progress
-        self._total = 0
-        self.n_files = 0
-        self.size = 0
-        self.not_copied: list[str] = []
-        self.unreadable: dict[str, tuple[Gap, ...]] = {}
-
-    def copy_all(
-        self, sources: Mapping[str, DirectoryProtocol], target: DirectoryProtocol
-    ) -> None:
-        """Copy every regular file, durable on return."""
-        names = {prefix: source.names() for prefix, source in sources.items()}
-        for prefix, source in sources.items():
-            for name, is_file in names[prefix]:
-                if is_file:
-                    with contextlib.closing(source.open(name)) as file:
-                        self._total += file.size()
-                elif f"{prefix}{name}/" not in sources:
-                    self.not_copied.append(prefix + name)
-        for prefix, source in sources.items():
-            into = target.subdirectory(prefix.rstrip("/")) if prefix else target
-            for name, is_file in names[prefix]:
-                if is_file:
-                    self._copy_file(source, name, into, prefix + name)
-            into.sync()
-            if into is not target:
-                into.close()
-
-    def _copy_file(
-        self,
-        source: DirectoryProtocol,
-        name: str,
-        target: DirectoryProtocol,
-        shown: str,
-    ) -> None:
-        gaps: list[Gap] = []
-        with (
-            contextlib.closing(source.open(name)) as old,
-            contextlib.closing(target.create(name)) as new,
-        ):
-            size = old.size()
-            for at in range(0, size, _COPY_SIZE):
-                data = _read(old, at, min(_COPY_SIZE, size - at), gaps)
-                new.write([data], at)
-                self.size += len(data)
-                if self._progress:
-                    self._progress(min(self.size, self._total), self._total)
-            new.sync()
-        self.n_files += 1
-        if gaps:
-            self.unreadable[shown] = tuple(gaps)
-
-
-def _read(file: FileProtocol, offset: int, size: int, gaps: list[Gap]) -> bytes:
-    """Read bytes; where the medium fails, put zeros and note the gap."""
-    try:
-        return bytes(file.read(offset, size))
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
-        if size <= _SECTOR_SIZE:
-            gaps.append(Gap(offset, size, f"unreadable: {error.strerror}"))
-            return bytes(size)
-    half = max(size // 2 // _SECTOR_SIZE, 1) * _SECTOR_SIZE
-    first = _read(file, offset, half, gaps)
-    return first + _read(file, offset + half, size - half, gaps)
-
-
 # ---- take apart ----
+
+
+@dataclasses.dataclass
+class _DamagedSnapshot:
+    """What is whole in a damaged snapshot, and where it belongs."""
+
+    number: int
+    parts: SnapshotSalvage
+    #: The last batch that it contains. Where nothing tells, the last before the next
+    #: log, however many logs are missing between, or else the last of a log within it.
+    sequence: int
 
 
 @dataclasses.dataclass
@@ -436,8 +223,8 @@ class _Found:
     #: The newest whole snapshot: its records and its sequence.
     base: Columns = dataclasses.field(default_factory=lambda: Columns.allocate(0, 0))
     base_sequence: int = 0
-    #: Damaged snapshots that are newer, oldest first, with what they contain.
-    damaged: list[tuple[int, SnapshotSalvage]] = dataclasses.field(default_factory=list)
+    #: Damaged snapshots that are newer, oldest first.
+    damaged: list[_DamagedSnapshot] = dataclasses.field(default_factory=list)
     #: Whole batches, ascending; none overlap.
     runs: list[Run] = dataclasses.field(default_factory=list)
     #: The newest sequence that anything speaks of.
@@ -485,15 +272,7 @@ class _Taking:
 
     def take_all(self, files: Sequence[Evidence]) -> None:
         """Take what is whole in each file."""
-        own = []
-        for file in files:
-            header = file.header
-            if header is None or snapshot_seed(header.store_id) == self._seed:
-                own.append(file)
-            else:
-                fate = f"of another store, {header.store_id.hex()}: not used"
-                self._found.files.append(_rejected(file, fate))
-        own.sort(key=lambda file: -file.number)
+        own = sorted(self._of_this_store(files), key=lambda file: -file.number)
         logs = [file for file in own if file.kind == "log"]
         for file in own:
             if file.kind == "snapshot":
@@ -504,11 +283,20 @@ class _Taking:
             self._take_log(file)
         self._found.runs.sort(key=lambda run: run.first)
 
+    def _of_this_store(self, files: Sequence[Evidence]) -> Iterator[Evidence]:
+        for file in files:
+            header = file.header
+            if header is None or snapshot_seed(header.store_id) == self._seed:
+                yield file
+            else:
+                fate = f"of another store, {header.store_id.hex()}: not used"
+                self._found.files.append(_rejected(file, fate))
+
     def _contained(self) -> Iterator[tuple[int, int]]:
         yield self._base_number, self._found.base_sequence
-        for number, damaged in self._found.damaged:
-            if damaged.sequence is not None:
-                yield number, damaged.sequence
+        for damaged in self._found.damaged:
+            if damaged.parts.sequence is not None:
+                yield damaged.number, damaged.parts.sequence
 
     def _add(
         self,
@@ -519,6 +307,7 @@ class _Taking:
         gaps: Iterable[Gap] = (),
         blocks_lost: Iterable[LostBlock] = (),
         torn: Gap | None = None,
+        sequence_unknown: bool = False,
     ) -> None:
         if file.damage is not None:
             fate += f"; its header was not usable: {file.damage.reason}"
@@ -531,6 +320,7 @@ class _Taking:
                 gaps=tuple(gaps),
                 blocks_lost=tuple(blocks_lost),
                 torn=torn,
+                sequence_unknown=sequence_unknown,
             )
         )
 
@@ -544,20 +334,28 @@ class _Taking:
             self._add(file, f"whole, up to batch {file.header.sequence:,}")
             return
         parts = salvage_snapshot(file, file.seed(self._seed))
-        if parts.sequence is None:
-            after = [log.header for log in logs if log.number > file.number]
-            first = min((log.sequence for log in after if log), default=None)
-            if first is not None:
-                parts = dataclasses.replace(parts, sequence=first - 1)
+        number, last = _last_before(file.number, logs)
+        if parts.sequence is None and number == file.number + 1:
+            parts = dataclasses.replace(parts, sequence=last)
+        self._take_parts(file, parts, last)
+
+    def _take_parts(self, file: Evidence, parts: SnapshotSalvage, last: int) -> None:
+        """Take whole blocks; `last` is the last batch before any later log, or 0."""
         if parts.is_whole and parts.sequence is not None:
             self._set_base(file, _joined(parts.blocks), parts.sequence)
             fate = f"every block whole, up to batch {parts.sequence:,}"
             self._add(file, fate, gaps=parts.gaps)
             return
-        self._found.damaged.insert(0, (file.number, parts))
-        self._know(parts.sequence or 0)
-        fate = f"{len(parts.blocks):,} blocks whole"
-        self._add(file, fate, gaps=parts.gaps, blocks_lost=parts.lost)
+        sequence = last if parts.sequence is None else parts.sequence
+        self._found.damaged.insert(0, _DamagedSnapshot(file.number, parts, sequence))
+        self._know(sequence)
+        self._add(
+            file,
+            f"{len(parts.blocks):,} blocks whole",
+            gaps=parts.gaps,
+            blocks_lost=parts.lost,
+            sequence_unknown=parts.sequence is None,
+        )
 
     def _read_whole(self, file: Evidence) -> Columns | None:
         if file.header is None:
@@ -588,9 +386,17 @@ class _Taking:
         if first is not None:
             self._bounds.append((file.number, first))
         self._know(log.sequence_known)
+        self._count_as_contained(file, log)
         self._take_runs(log)
         whole = _stretches((run.first, run.stop - 1) for run in log.runs)
         self._add(file, "log", whole=whole, gaps=log.gaps, torn=log.torn)
+
+    def _count_as_contained(self, file: Evidence, log: LogSalvage) -> None:
+        """Let a snapshot that cannot tell its batch come behind the logs within it."""
+        for damaged in self._found.damaged:
+            is_unknown = damaged.parts.sequence is None
+            if is_unknown and file.number <= damaged.number and log.runs:
+                damaged.sequence = max(damaged.sequence, log.runs[-1].stop - 1)
 
     def _take_runs(self, log: LogSalvage) -> None:
         """Take the batches of a log that no other file, or copy of it, gave yet."""
@@ -598,6 +404,16 @@ class _Taking:
         for run in log.runs:
             for first, last in _without((run.first, run.stop - 1), taken):
                 self._found.runs.append(run.part(first, last + 1))
+
+
+def _last_before(number: int, logs: Sequence[Evidence]) -> tuple[int, int]:
+    """Return the number of the next log, and the last batch before it; 0, 0 if none."""
+    later = [
+        (log.number, log.header.sequence - 1)
+        for log in logs
+        if log.header and log.number > number
+    ]
+    return min(later, default=(0, 0))
 
 
 def _stretches(ranges: Iterable[Range]) -> tuple[Range, ...]:
@@ -647,13 +463,7 @@ def _decide(found: _Found, prefix_only: bool) -> _Plan:
         [(0, found.base_sequence), *((run.first, run.stop - 1) for run in found.runs)]
     )
     prefix = whole[0][1]
-    overlays = [
-        (max(parts.sequence or 0, found.base_sequence), parts.blocks)
-        for _, parts in found.damaged
-        if parts.blocks and not (parts.sequence and parts.sequence <= prefix)
-    ]
-    if prefix_only:
-        overlays = []
+    overlays = [] if prefix_only else _overlays(found, prefix)
     # What a damaged snapshot contains is told by its blocks, not by sequences.
     told = max([found.base_sequence, *(sequence for sequence, _ in overlays)])
     if told > prefix:
@@ -672,6 +482,16 @@ def _decide(found: _Found, prefix_only: bool) -> _Plan:
         missing=missing,
         left_out=left_out,
     )
+
+
+def _overlays(found: _Found, prefix: int) -> list[tuple[int, list[Block]]]:
+    """Return the blocks that say more than the prefix, and behind which batch."""
+    return [
+        (max(damaged.sequence, found.base_sequence), damaged.parts.blocks)
+        for damaged in found.damaged
+        if damaged.parts.blocks
+        and not (damaged.parts.sequence and damaged.parts.sequence <= prefix)
+    ]
 
 
 # ---- assemble ----

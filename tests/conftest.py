@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,6 +34,7 @@ SEED = int(os.environ.get("METASTORE_TEST_SEED", random.randrange(2**32)))
 
 Recover = Callable[..., tuple[MetadataStore, Recovered]]
 Run = Callable[..., tuple[int, str, str]]
+Campaign = Callable[[str], contextlib.AbstractContextManager[Counter[str]]]
 
 
 def pytest_report_header() -> str:
@@ -42,6 +46,29 @@ def rng(request: pytest.FixtureRequest) -> random.Random:
     """Random numbers that METASTORE_TEST_SEED repeats, whatever other tests run."""
     print(f"METASTORE_TEST_SEED={SEED}")
     return random.Random(f"{SEED} {request.node.nodeid}")
+
+
+@pytest.fixture
+def campaign(capsys: pytest.CaptureFixture[str]) -> Campaign:
+    """A context that counts, and tells its counts in one line, whatever happens."""
+
+    @contextlib.contextmanager
+    def campaign_named(name: str) -> Iterator[Counter[str]]:
+        counts = Counter(violations=0)
+        started = time.monotonic()
+        try:
+            yield counts
+        except BaseException:
+            counts["violations"] = counts["violations"] or 1
+            raise
+        finally:
+            counts["seconds"] = round(time.monotonic() - started)
+            counts["violations"] = counts.pop("violations")  # to the end
+            told = " ".join(f"{what}={n}" for what, n in counts.items())
+            with capsys.disabled():
+                print(f"\ncampaign {name}: seed={SEED} {told}", flush=True)
+
+    return campaign_named
 
 
 @pytest.fixture

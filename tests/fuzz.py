@@ -343,6 +343,15 @@ class Campaign:
             flush=True,
         )
 
+    def tell_end(self) -> None:
+        """Tell the same as other campaigns do."""
+        seconds = time.monotonic() - self._started
+        print(
+            f"campaign fuzzing: seed={self.seed} cases={self.counts.total()} "
+            f"seconds={seconds:.0f} violations={self.findings}",
+            flush=True,
+        )
+
     def run(self, seconds: float, first: int, tell_every: float) -> None:
         """Run cases from `first` on."""
         end = self._started + seconds
@@ -423,6 +432,7 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         campaign.run(options.seconds, options.first, options.tell_every)
     campaign.tell()
+    campaign.tell_end()
     return 1 if campaign.findings else 0
 
 

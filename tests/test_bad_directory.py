@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+import oracle
 from metastore import MetadataStore, directory
 from metastore.errors import CorruptionError, StoreFailedError, StoreLockedError
-from verbs import files, flip, lasting, named, numbered, read, states, write
+from verbs import files, flip, lasting, logs, named, numbered, put, read, states, write
 
 #: What the system says of a place where nothing can be written.
 CANNOT_WRITE = "|".join(map(os.strerror, [errno.EPERM, errno.EACCES, errno.EROFS]))
@@ -168,6 +169,71 @@ def test_recover_on_a_full_disk_changes_nothing_that_is_there(mounted):
     assert before.items() <= files(path).items()
     (mounted / "filler").unlink()
     assert read(path) == states(numbered(20))[-1]
+
+
+# Names that are called like files of a store, and are none
+
+
+@pytest.mark.parametrize("kind", ["log", "snapshot"])
+@pytest.mark.parametrize("number", [2**63 - 1, 2**63 - 2, 2**62, 2**40])
+def test_a_directory_does_not_use_up_the_numbers(db, kind, number):
+    """The story: one directory named log_7fffffffffffffff, and no store opened."""
+    write(db, numbered(2))
+    (db / f"{kind}_{number:016x}").mkdir()
+    (db / f"{kind}_{number:016x}.tmp").mkdir()
+    write(db, numbered(2, 3))
+    assert max(int(log.name[-16:], 16) for log in logs(db)) < 10
+    assert read(db) == states(numbered(4))[-1]
+
+
+def test_a_temporary_file_does_not_use_up_the_numbers(db):
+    write(db, numbered(2))
+    (db / "log_7fffffffffffffff.tmp").write_bytes(b"left over")
+    write(db, numbered(2, 3))
+    assert read(db) == states(numbered(4))[-1]
+    assert not (db / "log_7fffffffffffffff.tmp").exists()
+
+
+def test_a_published_file_does_use_up_the_numbers(db):
+    data = oracle.write_log(bytes(range(16)), 2**63 - 1, 1, [[(1, 11, b"")]])
+    put(db, {oracle.file_name("log", 2**63 - 1): data})
+    with pytest.raises(CorruptionError, match="numbers are used up"):
+        MetadataStore.recover(db)
+
+
+@pytest.mark.parametrize("suffix", ["", ".tmp"])
+@pytest.mark.parametrize("kind", ["log", "snapshot"])
+def test_a_directory_in_the_way_of_the_next_files_is_passed_by(db, kind, suffix):
+    """Rotation and compaction begin at numbers that no name has."""
+    write(db, numbered(2))
+    for number in (2, 3, 5, 9):
+        (db / f"{kind}_{number:016x}{suffix}").mkdir()
+    store, _ = MetadataStore.recover(db, log_size_bytes_min=100)
+    with store:
+        for batch in numbered(20, 3):
+            store.insert_batch(batch)
+        store.compact()
+        store.insert_batch([(1, (1, b"last"))])
+        assert min(int(log.name[-16:], 16) for log in logs(db)) > 9
+    assert read(db)[1] == (1, b"last")
+
+
+def test_numbers_begin_behind_every_name_that_a_store_may_reach():
+    def number_max(*names: tuple[str, bool]) -> int:
+        return directory.parse_listing(names).number_max
+
+    assert number_max() == 0
+    log = (f"log_{7:016x}", True)
+    near, far = 7 + 2**32, 8 + 2**32
+    assert number_max(log) == 7
+    assert number_max(log, (f"log_{3:016x}", False)) == 7
+    assert number_max(log, (f"snapshot_{near:016x}", False)) == near
+    assert number_max(log, (f"log_{far:016x}", False)) == 7
+    assert number_max(log, (f"log_{far:016x}.tmp", True)) == 7
+    assert number_max((f"log_{far:016x}", True)) == far
+    # With the one below it, it may be reached after all.
+    both = (f"log_{far:016x}", False), (f"log_{near:016x}.tmp", True)
+    assert number_max(log, *both) == far
 
 
 # Locking

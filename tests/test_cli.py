@@ -235,16 +235,135 @@ def test_verify_of_a_damaged_header(store: Path, run: Run) -> None:
     assert json.loads(output)["files"][0]["damage"]["reason"].startswith("file header")
 
 
-def test_verify_of_a_file_that_the_snapshot_contains(store: Path, run: Run) -> None:
-    old = verbs.logs(store)[0]
-    kept = old.read_bytes()
-    opened, _ = MetadataStore.recover(store)
+# What a newer snapshot contains, and an interrupted removal has left
+
+
+def kept_after_compaction(path: Path, *kept: Path) -> Path:
+    """Compact, and bring back what that removed; return the new snapshot."""
+    images = [file.read_bytes() for file in kept]
+    opened, _ = MetadataStore.recover(path)
     with opened:
         opened.compact()
-    old.write_bytes(kept)  # as if its removal had been lost in a crash
+    for file, image in zip(kept, images, strict=True):
+        assert not file.exists()
+        file.write_bytes(image)
+    return verbs.snapshots(path)[-1]
+
+
+def checks(output: str) -> dict[str, dict[str, object]]:
+    return {check["name"]: check for check in json.loads(output)["files"]}
+
+
+def test_verify_reads_files_that_the_snapshot_contains(store: Path, run: Run) -> None:
+    left = [*verbs.snapshots(store), *verbs.logs(store)]
+    snapshot = kept_after_compaction(store, *left)
     status, output, errors = run("verify", store)
     assert (status, errors) == (0, "")
-    assert "header only: snapshot_" in output
+    assert output.count(f"not needed: {snapshot.name} contains this file") == 3
+    assert "batches 5 to 7, sealed" in output
+    assert "batches 8 to 9, not sealed" in output
+    found = checks(run("verify", "--json", store)[1])
+    assert [found[old.name]["contained_in"] for old in left] == [snapshot.name] * 3
+    assert found[snapshot.name]["contained_in"] is None
+    assert not any(check["damage"] for check in found.values())
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["snapshot", "sealed", "open"])
+def test_damage_of_a_file_that_the_snapshot_contains_is_told_and_no_loss(
+    which: int, store: Path, run: Run
+) -> None:
+    left = [*verbs.snapshots(store), *verbs.logs(store)]
+    snapshot = kept_after_compaction(store, *left)
+    expected = run("dump", store)
+    verbs.flip(left[which], HEADER_SIZE + 60)
+    status, output, errors = run("verify", "--json", store)
+    assert status == 0
+    assert_one_line(errors)
+    assert str(left[which]) in errors
+    assert f"no loss, {snapshot.name} contains this file" in errors
+    report = json.loads(output)
+    assert report["sound"] is True
+    assert report["damage"] is None
+    found = checks(output)
+    assert found[left[which].name]["damage"]["offset"] == HEADER_SIZE
+    assert [gap["offset"] for gap in found[left[which].name]["gaps"]] == [HEADER_SIZE]
+    assert sum(check["damage"] is not None for check in found.values()) == 1
+    status, output, again = run("verify", store)
+    assert (status, again) == (0, errors)
+    assert "damaged at offset 64: " in output
+    assert "sound: " in output
+    assert run("dump", store) == expected
+
+
+@pytest.mark.parametrize("left", [[0], [1], [0, 1], [0, 3], [1, 3], [2, 3]])
+def test_any_of_the_contained_logs_may_be_left(
+    left: list[int], store: Path, run: Run
+) -> None:
+    """A log that the next one bounded is not damaged because that one is gone."""
+    for first in (10, 12):
+        verbs.write(store, verbs.numbered(2, first))
+    logs = verbs.logs(store)
+    kept_after_compaction(store, *(logs[i] for i in left))
+    status, output, errors = run("verify", store)
+    assert (status, errors) == (0, "")
+    assert "damaged" not in output
+
+
+def test_nothing_is_contained_in_a_damaged_snapshot(store: Path, run: Run) -> None:
+    left = [*verbs.snapshots(store), *verbs.logs(store)]
+    snapshot = kept_after_compaction(store, *left)
+    verbs.flip(snapshot, HEADER_SIZE + 60)
+    verbs.flip(left[1], HEADER_SIZE + 60)
+    status, output, errors = run("verify", "--json", store)
+    assert status == 1
+    assert_one_line(errors)
+    assert "no loss" not in errors
+    found = checks(output)
+    assert found[snapshot.name]["damage"]
+    assert found[left[1].name]["damage"]
+    assert all(check["contained_in"] is None for check in found.values())
+
+
+def test_a_loss_and_damage_without_loss_are_told_apart(store: Path, run: Run) -> None:
+    old = verbs.logs(store)[0]
+    image = old.read_bytes()
+    snapshot = kept_after_compaction(store)
+    verbs.write(store, verbs.numbered(2, 10))
+    (new,) = verbs.logs(store)
+    old.write_bytes(image)
+    for path in (old, new):
+        verbs.flip(path, HEADER_SIZE + 60)
+    status, output, errors = run("verify", "--json", store)
+    assert status == 1
+    without_loss, loss = errors.splitlines()
+    assert old.name in without_loss
+    assert "no loss" in without_loss
+    assert new.name in loss
+    assert "no loss" not in loss
+    assert json.loads(output)["damage"]["path"] == str(new)
+    found = checks(output)
+    assert found[old.name]["damage"]
+    assert found[old.name]["contained_in"] == snapshot.name
+    assert found[new.name]["contained_in"] is None
+
+
+def test_verify_lists_temporaries_and_quarantine_and_judges_neither(
+    store: Path, run: Run
+) -> None:
+    (store / "log_00000000000000ff.tmp").write_bytes(b"left over")
+    (store / "snapshot_00000000000000fe.tmp").write_bytes(bytes(100))
+    (store / "quarantine").mkdir()
+    (store / "quarantine" / "torn").write_bytes(bytes(12))
+    status, output, errors = run("verify", store)
+    assert (status, errors) == (0, "")
+    assert "temporary   log_00000000000000ff.tmp\n" in output
+    assert "temporary   snapshot_00000000000000fe.tmp\n" in output
+    assert "quarantine  1 file, 12 bytes\n" in output
+    found = json.loads(run("verify", "--json", store)[1])
+    assert (found["n_quarantined"], found["quarantined_size"]) == (1, 12)
+    assert {"log_00000000000000ff.tmp", "snapshot_00000000000000fe.tmp"} <= set(
+        found["temporaries"]
+    )
 
 
 # dump

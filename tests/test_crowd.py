@@ -1,5 +1,8 @@
 """Longer histories with several threads: sampled crashes, and calls that fail.
 
+METASTORE_CROWD_ROUNDS
+    How many crowds the campaign (``-m slow``) crashes (1500).
+
 The seed of a run decides what each thread does and which moments are kept; how the
 threads interleave is up to the system. So a state that breaks the promise is written
 down as well: the message says where.
@@ -37,7 +40,7 @@ from simulated import SimulatedDirectory
 from small_store import repeatable
 from verbs import apply
 
-N_ROUNDS_LONG = int(os.environ.get("METASTORE_CROWD_ROUNDS", "2000"))
+N_ROUNDS_LONG = int(os.environ.get("METASTORE_CROWD_ROUNDS", "1500"))
 
 
 @pytest.fixture(autouse=True)
@@ -84,12 +87,11 @@ def test_crashes_of_a_crowd(tmp_path, rng, capsys):
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
-def test_crashes_of_many_crowds(tmp_path, rng, capsys):
-    n_states = 0
-    for _ in range(N_ROUNDS_LONG):
-        n_states += crash_a_crowd(rng.randrange(1 << 30), tmp_path)[1]
-    with capsys.disabled():
-        print(f"\ncrowds: {N_ROUNDS_LONG} runs, {n_states} states")
+def test_crashes_of_many_crowds(tmp_path, rng, campaign):
+    with campaign("crowds") as counts:
+        for _ in range(N_ROUNDS_LONG):
+            n_moments, n_states = crash_a_crowd(rng.randrange(1 << 30), tmp_path)
+            counts.update(crowds=1, moments=n_moments, states=n_states)
 
 
 @pytest.mark.skipif(

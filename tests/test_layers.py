@@ -23,7 +23,7 @@ LAYERS = (
     ("demo_files",),
     ("__init__",),
     ("store", "repair"),
-    ("engine", "look"),
+    ("engine", "look", "repair_copy", "repair_report"),
     ("compaction", "group_commit", "salvage"),
     ("recovery",),
     ("snapshot", "log"),

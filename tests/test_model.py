@@ -1,8 +1,13 @@
-"""The store against a dict, under Hypothesis: reopen, crash, compact and damage."""
+"""The store against a dict, under Hypothesis: reopen, crash, compact and damage.
+
+METASTORE_MODEL_HISTORIES
+    How many histories the campaign (``-m slow``) makes (3000).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 
 import hypothesis
 import numpy as np
@@ -14,12 +19,15 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
+    run_state_machine_as_test,
 )
 
 import oracle
 from disk import Disk, Image
 from metastore.errors import CorruptionError
 from verbs import Batch, apply, batches_in, content, newest_log, recover_on
+
+N_HISTORIES_LONG = int(os.environ.get("METASTORE_MODEL_HISTORIES", "3000"))
 
 # Few keys, so that batches meet; the ends of the range among them.
 KEYS = st.one_of(st.integers(0, 12), st.sampled_from([2**32, 2**63, 2**64 - 1]))
@@ -193,13 +201,21 @@ TestStore.settings = hypothesis.settings(
 )
 
 
-class LongStoreMachine(StoreMachine):
-    pass
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_long_histories(rng, campaign):
+    settings = hypothesis.settings(
+        hypothesis.settings.get_profile("metastore"),
+        max_examples=N_HISTORIES_LONG,
+        stateful_step_count=60,
+    )
+    with campaign("histories against a dict") as counts:
 
+        @hypothesis.seed(rng.randrange(2**32))
+        class CountedMachine(StoreMachine):
+            def teardown(self) -> None:
+                counts["histories"] += 1
+                counts["batches"] += len(getattr(self, "states", [{}])) - 1
+                super().teardown()
 
-TestLongStore = pytest.mark.timeout(3600)(pytest.mark.slow(LongStoreMachine.TestCase))
-TestLongStore.settings = hypothesis.settings(
-    hypothesis.settings.get_profile("metastore"),
-    max_examples=3000,
-    stateful_step_count=60,
-)
+        run_state_machine_as_test(CountedMachine, settings=settings)

@@ -37,5 +37,6 @@ def test_nothing_is_found_where_nothing_is_planted(find):
 @pytest.mark.parametrize(
     "find", [by_crashes, by_faults], ids=lambda find: find.__name__
 )
-def test_nothing_is_found_where_nothing_is_planted_at_length(find):
-    assert find() is None
+def test_nothing_is_found_where_nothing_is_planted_at_length(find, campaign):
+    with campaign(f"nothing planted, {find.__name__}"):
+        assert find() is None

@@ -1,4 +1,8 @@
-"""Processes that die, fork or meet: what was acknowledged is there, the lock holds."""
+"""Processes that die, fork or meet: what was acknowledged is there, the lock holds.
+
+METASTORE_KILL_ROUNDS
+    How often the campaign (``-m slow``) kills a process (1000).
+"""
 
 from __future__ import annotations
 
@@ -27,6 +31,7 @@ from verbs import (
     write_open,
 )
 
+N_ROUNDS_LONG = int(os.environ.get("METASTORE_KILL_ROUNDS", "1000"))
 N_THREADS = 4
 
 # Batch i of a thread: its marker says that i + 1 batches are there, and one of a few
@@ -98,19 +103,17 @@ def one_round(path: Path, rng: random.Random) -> int:
     return len(acknowledged)
 
 
-def kill_rounds(path: Path, rng: random.Random, n_rounds: int) -> None:
-    acknowledged = sum(one_round(path, rng) for _ in range(n_rounds))
-    print(f"{n_rounds} kills, {acknowledged} batches acknowledged, all of them there")
-
-
 def test_a_score_of_kills(db, rng):
-    kill_rounds(db, rng, 20)
+    acknowledged = sum(one_round(db, rng) for _ in range(20))
+    print(f"20 kills, {acknowledged} batches acknowledged, all of them there")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_a_thousand_kills(db, rng):
-    kill_rounds(db, rng, 1000)
+@pytest.mark.timeout(0)
+def test_a_thousand_kills(db, rng, campaign):
+    with campaign("kills") as counts:
+        for _ in range(N_ROUNDS_LONG):
+            counts.update(rounds=1, acknowledged=one_round(db, rng))
 
 
 # Processes that kill themselves right before a call that matters
