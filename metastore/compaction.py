@@ -6,9 +6,12 @@ they are; ``compact`` does it, in bounded memory; ``Compactor`` is the thread.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -36,6 +39,8 @@ __all__ = ["Compactor", "Job", "compact", "plan_jobs"]
 #: A block with fewer records, and few bytes, is joined with its neighbour.
 _BLOCK_RECORDS_MIN = BLOCK_RECORDS_TARGET // 2
 _BLOCK_USER_DATA_SIZE_MIN = BLOCK_USER_DATA_SIZE_MAX // 2
+#: Without a batch for so long, compaction takes every processor.
+_QUIET_SECONDS = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +155,7 @@ def compact(
     *,
     level: int,
     threads: int,
+    n_batches: Callable[[], int] | None = None,
 ) -> tuple[FileName, int]:
     """Write, publish and verify a snapshot of `snapshot` and `logs`, then remove those.
 
@@ -170,6 +176,8 @@ def compact(
         The compression level of zstd.
     threads : int
         How many threads decode, merge and encode.
+    n_batches : callable, optional
+        Tells how many batches were committed; while that grows, one thread fewer works.
 
     Returns
     -------
@@ -181,9 +189,10 @@ def compact(
     name = FileName("snapshot", logs[-1][0].number)
     run = _read_run(directory, store_id, logs, sequence, threads)
     reader = _open_snapshot(directory, snapshot) if snapshot else None
-    writer = SnapshotWriter(directory, name, store_id, sequence)
+    writer = SnapshotWriter(directory, name, store_id, sequence, threads)
+    gate = _Gate(threads, n_batches)
     try:
-        _write_jobs(writer, reader, run, level, threads)
+        _write_jobs(writer, reader, run, level, threads, gate)
         size = writer.publish()
     finally:
         writer.close()
@@ -233,18 +242,45 @@ def _read_run(
     return sort_last_wins(concatenate(parts), threads)
 
 
+class _Gate:
+    """Leaves a processor to commits as long as there are any."""
+
+    def __init__(self, threads: int, n_batches: Callable[[], int] | None) -> None:
+        self._room = threading.BoundedSemaphore(max(1, threads - 1))
+        self._n_batches = n_batches
+        self._n_seen = n_batches() if n_batches else 0
+        self._seen_at = -math.inf
+
+    def room(self) -> contextlib.AbstractContextManager[Any]:
+        """Return what a thread holds while it works on a job."""
+        return self._room if self._is_committing() else contextlib.nullcontext()
+
+    def _is_committing(self) -> bool:
+        # Threads may come here at once; whoever sees the batch first notes the time.
+        now = time.monotonic()
+        n = self._n_batches() if self._n_batches else 0
+        if n != self._n_seen:
+            self._n_seen, self._seen_at = n, now
+        return now - self._seen_at < _QUIET_SECONDS
+
+
 def _write_jobs(
     writer: SnapshotWriter,
     reader: SnapshotReader | None,
     run: Columns,
     level: int,
     threads: int,
+    gate: _Gate,
 ) -> None:
     index = reader.index if reader else np.zeros(0, dtype=INDEX_DTYPE)
 
     def work(job: Job) -> Job | list[tuple[Columns, bytearray]]:
         if job.is_copy:
             return job
+        with gate.room():
+            return make(job)
+
+    def make(job: Job) -> list[tuple[Columns, bytearray]]:
         old = [
             reader.read_block(block)
             for block in range(job.block_start, job.block_stop)

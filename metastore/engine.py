@@ -377,6 +377,7 @@ class Engine:
             sequence,
             level=self._options.compression_level,
             threads=self._options.n_threads,
+            n_batches=lambda: self._n_batches,
         )
         with self._mutex:
             self._snapshot, self._snapshot_size = name, size

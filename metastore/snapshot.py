@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,8 @@ __all__ = ["SnapshotReader", "SnapshotWriter", "split_into_blocks"]
 
 #: Bytes that a writer collects before it calls the operating system.
 _WRITE_SIZE = 1 << 20
+#: Bytes between two syncs: all in one at the end would hold up those of the log.
+_SYNC_SIZE = 16 << 20
 
 
 class SnapshotReader:
@@ -269,6 +272,8 @@ class SnapshotWriter:
         That of the store.
     sequence : int
         The last sequence that it will contain.
+    threads : int
+        If there may be more than one, another syncs while this one goes on writing.
     """
 
     def __init__(
@@ -277,6 +282,7 @@ class SnapshotWriter:
         name: FileName,
         store_id: bytes,
         sequence: int,
+        threads: int = 1,
     ) -> None:
         self._directory = directory
         self._name = name
@@ -286,7 +292,10 @@ class SnapshotWriter:
         self._pending: list[bytes | bytearray | memoryview] = []
         self._pending_size = 0
         self._written = 0
+        self._synced = 0
         self._file = directory.create(name.temporary)
+        self._pool = ThreadPoolExecutor(1, "metastore-sync") if threads > 1 else None
+        self._syncing: Future[None] | None = None
         header = FileHeader("snapshot", store_id, name.number, sequence, time.time_ns())
         self._put(header.pack())
 
@@ -306,6 +315,21 @@ class SnapshotWriter:
             self._file.write(self._pending, self._written)
             self._written += self._pending_size
             self._pending, self._pending_size = [], 0
+        if self._written - self._synced >= _SYNC_SIZE:
+            self._synced = self._written
+            self._sync_so_far()
+
+    def _sync_so_far(self) -> None:
+        """Sync what was written, or begin to; raise if the sync before failed."""
+        if self._pool is None:
+            self._file.sync()
+            return
+        if self._syncing is not None:
+            self._syncing.result()
+        try:
+            self._syncing = self._pool.submit(self._file.sync)
+        except RuntimeError:  # no thread to be had, as while the interpreter exits
+            self._file.sync()
 
     def put_block(self, columns: Columns, frame: bytearray) -> None:
         """Append a block that :func:`frames.encode` made of `columns`."""
@@ -352,11 +376,15 @@ class SnapshotWriter:
         self._put(end)
         self._put(pack_trailer(self._seed, end_offset, len(end)))
         self._write_pending()
+        if self._syncing is not None:
+            self._syncing.result()
         self._file.sync()
-        self._file.close()
+        self.close()
         publish(self._directory, self._name)
         return self._written
 
     def close(self) -> None:
         """Give the file back; what is not published stays under its temporary name."""
+        if self._pool is not None:  # a sync needs the descriptor until it returns
+            self._pool.shutdown()
         self._file.close()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metastore import MetadataStore, compaction, snapshot
+from metastore import MetadataStore, StoreFailedError, compaction, engine, snapshot
 from metastore.compaction import plan_jobs
+from metastore.directory import File
 from metastore.format import INDEX_DTYPE
 
 TARGET = 8
@@ -99,3 +104,69 @@ def test_many_compactions_against_a_dict(tmp_path, rng, threads):
     store.shutdown()
     assert {key: (value, data) for key, value, data in recovered} == expected
     assert recovered.report.snapshot is not None
+
+
+def ten_blocks(path, threads):
+    """Return a store with a log of ten blocks of 30-byte user data, not compacted."""
+    store, _ = MetadataStore.recover(path, threads=threads)
+    store.insert_batch([(key, (key + 1, bytes(30))) for key in range(10 * TARGET)])
+    return store
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_failed_sync_on_the_way_ends_the_compaction(tmp_path, monkeypatch, threads):
+    """Nothing is synced, published or removed behind it: a retry could lie."""
+    monkeypatch.setattr(snapshot, "_WRITE_SIZE", 1)
+    monkeypatch.setattr(snapshot, "_SYNC_SIZE", 100)
+    syncs = 0
+    sync = File.sync
+
+    def fail_third(file):
+        nonlocal syncs
+        if "snapshot" in file.path:
+            syncs += 1
+            if syncs == 3:
+                raise OSError(errno.EIO, "planted")
+        sync(file)
+
+    store = ten_blocks(tmp_path, threads)
+    with monkeypatch.context() as patch:
+        patch.setattr(File, "sync", fail_third)
+        with pytest.raises(StoreFailedError, match="planted"):
+            store.compact()
+    store.shutdown()
+    assert syncs == 3
+    store, recovered = MetadataStore.recover(tmp_path, threads=threads)
+    assert len(recovered) == 10 * TARGET
+    assert recovered.report.snapshot is None
+    store.compact()
+    store.shutdown()
+
+
+@pytest.mark.parametrize("commits_come", [True, False])
+def test_commits_have_a_processor_to_themselves(tmp_path, monkeypatch, commits_come):
+    """While batches come, one thread fewer packs: of two, one."""
+    encode = compaction.encode
+    two_at_once = threading.Barrier(2)
+    overlaps = 0
+
+    def meet(*args):
+        nonlocal overlaps
+        try:
+            two_at_once.wait(0.05)
+            overlaps += 1
+        except threading.BrokenBarrierError:
+            two_at_once.reset()
+        return encode(*args)
+
+    def compact(*args, **options):
+        options["n_batches"] = itertools.count().__next__ if commits_come else lambda: 0
+        return compaction.compact(*args, **options)
+
+    store = ten_blocks(tmp_path, threads=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(compaction, "encode", meet)
+        patch.setattr(engine, "compact", compact)
+        store.compact()
+    store.shutdown()
+    assert (overlaps > 0) == (not commits_come)
