@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
-EXTENSIONS := metastore._codec metastore._merge
+EXTENSIONS := metastore._codec metastore._commit metastore._merge
 
 .DEFAULT_GOAL := help
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -126,6 +126,7 @@ coverage: setup  ## what the tests reach, of the extensions too
 	    { $(CURDIR)/$(BIN)/coverage run -m pytest --timeout 1200 $(NOT_TREE) $(ARGS); \
 	    status=$$?; $(CURDIR)/$(BIN)/coverage report | tee report.txt; exit $$status; }
 	grep -q '_codec\.pyx' build/coverage/report.txt
+	grep -q '_commit\.pyx' build/coverage/report.txt
 	grep -q '_merge\.pyx' build/coverage/report.txt
 
 matrix: $(VENV)/.extra-matrix  ## the tests on every Python that is installed

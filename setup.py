@@ -33,6 +33,7 @@ directives = {
     "cdivision": True,
     "freethreading_compatible": True,
     "linetrace": coverage,
+    "auto_pickle": False,
 }
 compile_args = ["-O3"]
 link_args = []
@@ -69,7 +70,7 @@ extensions = [
         extra_compile_args=compile_args,
         extra_link_args=link_args,
     )
-    for name in ("_codec", "_merge")
+    for name in ("_codec", "_commit", "_merge")
 ]
 
 setup(

@@ -33,6 +33,9 @@ cdef extern from "_kernels.h" nogil:
     uint32_t ms_load_u32(const uint8_t* at)
     void ms_store_u64(uint8_t* at, uint64_t value)
     void ms_store_u32(uint8_t* at, uint32_t value)
+    void ms_finish_frame(
+        uint8_t* frame, uint32_t seed, uint64_t sequence, uint64_t durable
+    )
     void ms_join8(const uint8_t** planes, const size_t* steps, uint8_t* out, size_t n)
     void ms_split8(const uint8_t* data, uint8_t* out, size_t n)
 
@@ -185,9 +188,7 @@ def finish_frame(
     """Write sequence, durable sequence and header checksum into a started frame."""
     if frame.shape[0] < HEADER:
         raise ValueError(f"frame of {frame.shape[0]} bytes is shorter than its header")
-    ms_store_u64(&frame[8], sequence)
-    ms_store_u64(&frame[16], durable)
-    ms_store_u32(&frame[0], ms_crc32c(seed, &frame[4], HEADER - 4) ^ CHECKSUM_XOR)
+    ms_finish_frame(&frame[0], seed, sequence, durable)
 
 
 cdef uint64_t _integer(object number, Py_ssize_t i, str what) except? 0:

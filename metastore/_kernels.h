@@ -1,4 +1,5 @@
-/* Kernels that need the processor's own instructions: crc32c and byte planes.
+/* Kernels that need the processor's own instructions, crc32c and byte planes; and what
+ * more than one extension needs of a frame.
  *
  * Plain C functions without state but the tables that ms_init() fills once. Callers
  * check every size before they call; nothing here can fail.
@@ -34,6 +35,9 @@
 #define MS_CRC_U32(crc, value) __crc32cw((uint32_t)(crc), (value))
 #define MS_CRC_U64(crc, value) __crc32cd((uint32_t)(crc), (value))
 #endif
+
+#define MS_HEADER ((size_t)48) /* of a frame */
+#define MS_CHECKSUM_XOR 0xAFu
 
 #define MS_CRC_POLYNOMIAL 0x82F63B78u /* Castagnoli, bits reversed */
 #define MS_LONG_STRIDE 1024
@@ -176,6 +180,14 @@ static uint32_t ms_crc32c(uint32_t crc, const uint8_t *data, size_t size) {
         return ~ms_crc_by_hardware(~crc, data, size);
 #endif
     return ms_crc32c_table(crc, data, size);
+}
+
+/* Complete the header of a started frame (docs/format.md, section 4). */
+static inline void ms_finish_frame(uint8_t *frame, uint32_t seed, uint64_t sequence,
+                                   uint64_t durable) {
+    ms_store_u64(frame + 8, sequence);
+    ms_store_u64(frame + 16, durable);
+    ms_store_u32(frame, ms_crc32c(seed, frame + 4, MS_HEADER - 4) ^ MS_CHECKSUM_XOR);
 }
 
 /* ---- byte planes of 64-bit integers ----

@@ -132,6 +132,11 @@ class FileProtocol(Protocol):
         """The file as errors name it."""
         ...
 
+    @property
+    def descriptor(self) -> int:
+        """For writing and syncing in C; -1 if the methods have to be called."""
+        ...
+
     def size(self) -> int:
         """Return the size of the file now."""
         ...
@@ -216,6 +221,11 @@ class File:
     def __init__(self, descriptor: int, path: str) -> None:
         self._descriptor = descriptor
         self.path = path
+
+    @property
+    def descriptor(self) -> int:
+        """That of the operating system; who keeps it keeps the file from closing."""
+        return self._descriptor
 
     def size(self) -> int:
         """Return the size of the file now, in bytes."""

@@ -16,6 +16,7 @@ import time
 import weakref
 from collections.abc import Callable
 
+from metastore._commit import GroupCommit
 from metastore.columns import Recovered
 from metastore.compaction import Compactor, compact
 from metastore.directory import WARNING, DirectoryProtocol, FileName, FileProtocol
@@ -26,7 +27,6 @@ from metastore.errors import (
     StoreFailedError,
 )
 from metastore.format import FILE_HEADER_SIZE, NUMBER_MAX, SEQUENCE_MAX, STORE_ID_SIZE
-from metastore.group_commit import GroupCommit, Request
 from metastore.log import LogWriter, prepare_log
 from metastore.parallel import default_threads
 from metastore.recovery import (
@@ -127,7 +127,6 @@ class Engine:
         self._options = options
         self._store_id = store_id
         self._log = log
-        self._durable = content.sequence
         self._failure: BaseException | None = None
         self._is_failure_told = False
         self._is_closed = False
@@ -149,9 +148,14 @@ class Engine:
         #: Whether the active log must stay even without batches: it is what bounds
         #: an older one that ends in a torn tail, or in damage.
         self._is_bound = not content.ends_sealed
-        self._n_batches = self._n_writes = self._n_syncs = 0
         self._n_rotations = self._n_compactions = 0
-        self._commits = GroupCommit(self._write_group, self._lost)
+        self._commits = GroupCommit(
+            log.tail,
+            on_failure=self._fail,
+            failed=self._refusal,
+            rotate=lambda: self._try(self._rotate_if_due),
+        )
+        self._set_size_max()
         self._compactor = Compactor(self._fail, options.inline)
         _engines.add(self)
         self._compactor.submit(self._prepare_next)
@@ -195,24 +199,26 @@ class Engine:
         with self._mutex:
             if self._failure is None:
                 self._failure = error
+                self._commits.close()
                 _logger.error("the store failed (%s): %s", self._directory.path, error)
 
     def stats(self) -> StoreStats:
         """Return how the store stands."""
+        commits = self._commits
         with self._mutex:
             sealed = [*self._compacting, *self._sealed]
             return StoreStats(
                 sequence=self._log.sequence - 1,
-                sequence_durable=self._durable,
+                sequence_durable=commits.durable,
                 log_number=self._log.name.number,
                 log_size=self._log.size,
                 n_logs_sealed=len(sealed),
                 logs_sealed_size=sum(log.size for log in sealed),
                 snapshot_number=self._snapshot.number if self._snapshot else 0,
                 snapshot_size=self._snapshot_size,
-                n_batches=self._n_batches,
-                n_writes=self._n_writes,
-                n_syncs=self._n_syncs,
+                n_batches=commits.n_batches,
+                n_writes=commits.n_writes,
+                n_syncs=commits.n_syncs + self._n_rotations,
                 n_rotations=self._n_rotations,
                 n_compactions=self._n_compactions,
                 failure=None if self._failure is None else str(self._failure),
@@ -223,72 +229,31 @@ class Engine:
     def commit(self, frame: bytearray | None, sync: bool) -> int:
         """Write a started frame, durable on return if `sync`; return its sequence."""
         self.check()
-        request = Request(frame, sync)
-        self._commits.commit(request)
-        return request.sequence
+        return self._commits.commit(frame, sync)
 
-    def _lead(self, action: Callable[[], None]) -> None:
-        """Run `action` while nobody else writes."""
-        self._commits.commit(Request(None, False, action))
-
-    def _write_group(self, group: list[Request]) -> None:
-        """Write what a group of requests asks; called by one leader at a time."""
-        try:
-            self.check()
-            self._write_frames(group)
-        except BaseException as error:
-            if not isinstance(error, StoreClosedError | StoreFailedError):
-                self._fail(error)
-            for request in group:
-                request.error = self._error_now()
-            if not isinstance(error, Exception):
-                raise  # an interrupt goes on in its own thread
-            return
-        self._try(self._rotate_if_due)
-        for request in group:
-            if request.action is not None:
-                try:
-                    self.check()  # an action before may have closed the store
-                    request.action()
-                except BaseException as error:
-                    request.error = error
-
-    def _write_frames(self, group: list[Request]) -> None:
-        frames = [request.frame for request in group if request.frame is not None]
-        sequence = self._log.sequence
-        if frames:
-            self._log.append(frames, self._durable)
-            self._n_batches += len(frames)
-            self._n_writes += 1
-        if any(request.sync for request in group):
-            self._sync_log()
-        for request in group:
-            if request.frame is not None:
-                request.sequence = sequence
-                sequence += 1
-            request.is_written = True
-
-    def _error_now(self) -> MetastoreError:
+    def _refusal(self) -> MetastoreError:
         """Return what :meth:`check` raises, of this thread's own."""
         try:
             self.check()
         except MetastoreError as error:
             return error
-        return self._lost()
+        raise AssertionError("a commit was refused for no reason")
 
-    def _lost(self) -> StoreFailedError:
-        """Return the error of a batch whose leader was interrupted before the write."""
-        self._fail(
-            InterruptedError("the thread that was to write the batch was interrupted")
-        )
-        return self._failed()
+    # ---- rotation ----
 
-    def _sync_log(self) -> None:
-        last = self._log.sequence - 1
-        if self._durable < last:
-            self._log.sync()
-            self._n_syncs += 1
-            self._durable = last
+    def _room(self) -> int:
+        """How many bytes may still be logged before a compaction is due."""
+        waiting = sum(log.size for log in self._sealed)
+        return max(self._options.log_size_bytes_min, self._snapshot_size) - waiting
+
+    def _set_size_max(self) -> None:
+        self._commits.size_max = FILE_HEADER_SIZE + max(self._room(), 0)
+
+    def _rotate_if_due(self) -> None:
+        # Not an empty log, though older ones that wait may be due by themselves.
+        size = self._log.size - FILE_HEADER_SIZE
+        if not self._log.is_empty and size > self._room():
+            self._rotate()
 
     def _try(self, step: Callable[[], None]) -> None:
         """Run a step that follows a durable group: its failure is the next one's."""
@@ -299,28 +264,12 @@ class Engine:
             if not isinstance(error, Exception):
                 raise
 
-    # ---- rotation ----
-
-    def _is_due(self, log_size: int) -> bool:
-        """Whether the bytes not yet on their way into a snapshot are enough."""
-        waiting = sum(log.size for log in self._sealed)
-        limit = max(self._options.log_size_bytes_min, self._snapshot_size)
-        return waiting + log_size - FILE_HEADER_SIZE > limit
-
-    def _rotate_if_due(self) -> None:
-        # Not an empty log, though older ones that wait may be due by themselves.
-        if self._log.sequence > self._log.first_sequence and self._is_due(
-            self._log.size
-        ):
-            self._rotate()
-
     def _rotate(self) -> None:
         """Seal the active log, open the next one, and see to the compaction."""
         old = self._log
         name = FileName("log", old.name.number + 1)
-        self._sync_log()
+        self._commits.sync_now()
         old.seal()
-        self._n_syncs += 1
         # The mutex is held until the new log is the active one: else the background
         # could create, and so empty, the file of this very name a second time.
         with self._prepare_mutex:
@@ -328,9 +277,11 @@ class Engine:
             log = LogWriter(self._directory, name, self._store_id, old.sequence, file)
             with self._mutex:
                 self._log = log
+                self._commits.tail = log.tail
                 self._sealed.append(self._as_sealed(old))
                 self._is_bound = False
                 self._n_rotations += 1
+                self._set_size_max()
         old.close()
         self._compactor.submit(self._prepare_next)
         self._compact_if_due()
@@ -356,7 +307,7 @@ class Engine:
     # ---- compaction ----
 
     def _compact_if_due(self) -> None:
-        if self._is_due(FILE_HEADER_SIZE):
+        if self._room() < 0:
             self._compactor.submit(self._compact_sealed)
 
     def _compact_sealed(self) -> None:
@@ -364,6 +315,7 @@ class Engine:
         with self._mutex:
             logs, self._sealed = self._sealed, []
             self._compacting = logs
+            self._set_size_max()
             snapshot = self._snapshot
             # The active log begins where the last of them ends.
             sequence = self._log.first_sequence - 1
@@ -377,11 +329,12 @@ class Engine:
             sequence,
             level=self._options.compression_level,
             threads=self._options.n_threads,
-            n_batches=lambda: self._n_batches,
+            n_batches=lambda: self._commits.n_batches,
         )
         with self._mutex:
             self._snapshot, self._snapshot_size = name, size
             self._compacting = []
+            self._set_size_max()
             self._n_compactions += 1
 
     def compact(self) -> None:
@@ -389,7 +342,8 @@ class Engine:
         self.check()
 
         def rotate() -> None:
-            if self._log.sequence > self._log.first_sequence:
+            self.check()
+            if not self._log.is_empty:
                 self._try(self._rotate)
             self.check()
 
@@ -400,7 +354,7 @@ class Engine:
             self._compact_sealed()
             is_done = True
 
-        self._lead(rotate)
+        self._commits.exclusively(rotate)
         self._compactor.submit(work)
         self._compactor.wait_idle()
         self.check()
@@ -425,7 +379,7 @@ class Engine:
         self._compactor.stop()
         try:
             if self._failure is None:
-                self._lead(self._seal)
+                self._commits.exclusively(self._seal)
         finally:
             self.abandon()
         if self._failure is not None and not self._is_failure_told:
@@ -433,8 +387,9 @@ class Engine:
 
     def _seal(self) -> None:
         try:
-            self._sync_log()
-            if self._is_bound or self._log.sequence > self._log.first_sequence:
+            self.check()  # a commit before may have failed
+            self._commits.sync_now()
+            if self._is_bound or not self._log.is_empty:
                 self._log.seal()
             else:  # nothing in it: the directory stays as it was
                 self._directory.remove(str(self._log.name))
@@ -444,13 +399,18 @@ class Engine:
             self._fail(error)
             raise self._failed() from self._failure
         finally:
-            self._is_closed = True
+            self._close()
+
+    def _close(self) -> None:
+        """Let nothing more be written; who leads calls it, so that nobody is at it."""
+        self._is_closed = True
+        self._commits.close()
 
     def abandon(self) -> None:
         """Give up files, thread and lock without another write; idempotent."""
         if self.is_forked:
             return
-        self._is_closed = True
+        self._commits.exclusively(self._close)
         _engines.discard(self)
         self._compactor.stop()
         with contextlib.ExitStack() as stack:  # the lock goes even if a close fails

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from metastore import _codec
+from metastore._commit import Tail
 from metastore.columns import Columns
 from metastore.directory import (
-    Buffer,
     DirectoryProtocol,
     FileName,
     FileProtocol,
@@ -42,11 +43,8 @@ _EXTENT_MARGIN = 1.02
 _EXTENT_SIZE_PER_BYTE = 8
 _RECORD_SIZE = 24
 
-#: Zeros are written ahead of small frames, so that their sync writes no metadata: as
-#: much as the log is long, within these bounds. Frames above the last size bring none.
+#: A log begins with so many zeros (``_commit`` says why); its header is among them.
 _AHEAD_SIZE_MIN = 64 << 10
-_AHEAD_SIZE_MAX = 1 << 20
-_AHEAD_FRAMES_SIZE_MAX = 64 << 10
 
 #: Bad frames that a torn write can leave; any other is damage or forgery.
 _TORN_STATUSES = frozenset(
@@ -78,7 +76,7 @@ def prepare_log(directory: DirectoryProtocol, name: FileName) -> FileProtocol:
 
 
 class LogWriter:
-    """The active log. Not thread-safe: one leader at a time writes.
+    """The active log. Not thread-safe: who leads the commits writes.
 
     Parameters
     ----------
@@ -92,6 +90,11 @@ class LogWriter:
         The sequence of the first batch that it will hold.
     prepared : FileProtocol, optional
         What :func:`prepare_log` returned for this name.
+
+    Attributes
+    ----------
+    tail : Tail
+        Where batches are appended.
     """
 
     def __init__(
@@ -103,62 +106,46 @@ class LogWriter:
         prepared: FileProtocol | None = None,
     ) -> None:
         self.name = name
-        self.first_sequence = self.sequence = sequence
-        self._seed = log_seed(store_id, name.number)
-        self._zeroed_size = _AHEAD_SIZE_MIN
-        self.size = FILE_HEADER_SIZE
+        self.first_sequence = sequence
         self._file = prepared or prepare_log(directory, name)
         try:
             header = FileHeader("log", store_id, name.number, sequence, time.time_ns())
             self._file.write([header.pack()], 0)
             self._file.sync()
             publish(directory, name)
+            self.tail = Tail(
+                self._file,
+                os.path.join(directory.path, str(name)),
+                log_seed(store_id, name.number),
+                sequence,
+                FILE_HEADER_SIZE,
+                _AHEAD_SIZE_MIN,
+            )
         except BaseException:
             self._file.close()
             raise
 
-    def append(self, frames: Sequence[bytearray], durable: int) -> None:
-        """Give started frames their sequences and write them; not durable yet.
+    @property
+    def sequence(self) -> int:
+        """The sequence of the next batch."""
+        return self.tail.sequence
 
-        Parameters
-        ----------
-        frames : sequence of bytearray
-            Batches in order; they take the next sequences.
-        durable : int
-            The newest sequence known durable.
-        """
-        sequence = self.sequence
-        for frame in frames:
-            _codec.finish_frame(frame, self._seed, sequence, durable)
-            sequence += 1
-        self._write(frames)
-        self.sequence = sequence
+    @property
+    def size(self) -> int:
+        """Where the next frame goes."""
+        return self.tail.size
 
-    def _write(self, frames: Sequence[bytearray]) -> None:
-        buffers: list[Buffer] = list(frames)
-        size = sum(map(len, frames))
-        end = self.size + size
-        if end > self._zeroed_size and size <= _AHEAD_FRAMES_SIZE_MAX:
-            ahead = min(max(self.size, _AHEAD_SIZE_MIN), _AHEAD_SIZE_MAX)
-            buffers.append(bytes(ahead))
-            self._zeroed_size = end + ahead
-        self._file.write(buffers, self.size)
-        self.size = end
-
-    def sync(self) -> None:
-        """Make every batch appended so far durable."""
-        self._file.sync()
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds no batch."""
+        return self.tail.sequence == self.first_sequence
 
     def seal(self) -> None:
         """Write the end frame and make it durable; all before must be already."""
-        last = self.sequence - 1
-        end = _codec.encode_payload(KIND_END, LAYOUT_PLAIN, 0, 0, ())
-        _codec.finish_frame(end, self._seed, last, last)
-        self._write([end])
-        self._file.sync()
+        self.tail.seal(_codec.encode_payload(KIND_END, LAYOUT_PLAIN, 0, 0, ()))
 
     def close(self) -> None:
-        """Give the file back; idempotent."""
+        """Give the file back; idempotent. Nobody may be appending."""
         self._file.close()
 
 

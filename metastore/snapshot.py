@@ -42,6 +42,8 @@ from metastore.parallel import ordered_map
 
 __all__ = ["SnapshotReader", "SnapshotWriter", "split_into_blocks"]
 
+#: The scan of so many headers is given back at a time: each maps pages around it.
+_SCAN_BLOCKS = 16
 #: Bytes that a writer collects before it calls the operating system.
 _WRITE_SIZE = 1 << 20
 #: Bytes between two syncs: all in one at the end would hold up those of the log.
@@ -105,11 +107,16 @@ class SnapshotReader:
         n_blocks = len(self.index)
         table = new_table(n_blocks)
         blocks = self.view[: self.end_offset]
-        n, stop, status = _codec.scan_frames(
-            blocks, FILE_HEADER_SIZE, self._seed, 0, table, True
-        )
-        if n < n_blocks:
-            raise corruption(self.path, stop, status, blocks[stop:], self._seed)
+        stop = FILE_HEADER_SIZE
+        for first in range(0, n_blocks, _SCAN_BLOCKS):
+            part = table[first : first + _SCAN_BLOCKS]
+            start = stop
+            n, stop, status = _codec.scan_frames(
+                blocks, start, self._seed, 0, part, True
+            )
+            if n < len(part):
+                raise corruption(self.path, stop, status, blocks[stop:], self._seed)
+            release_pages(blocks, start, stop)
         if stop != self.end_offset:
             raise self._error(stop, "blocks and index do not meet")
         for field, column in (

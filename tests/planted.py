@@ -7,12 +7,13 @@ is entered.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 from finders import Finder, by_crashes, by_crowds, by_damage, by_faults, by_forgery
-from metastore import engine, frames, group_commit, log, recovery, snapshot, store
+from metastore import _commit, engine, frames, log, recovery, snapshot, store
 from metastore.directory import DirectoryProtocol, FileName, FileProtocol, parse_listing
 from simulated import SimulatedDirectory, SimulatedFile
 
@@ -23,8 +24,25 @@ def _never(*arguments: object, **options: object) -> None:
     """Take the place of a step that is left out."""
 
 
+def _is_active_log(file: SimulatedFile) -> bool:
+    return any(
+        node is file._content and name.startswith("log_") and not name.endswith(".tmp")
+        for name, node in file._disk.root.live.items()
+    )
+
+
+def _sync_of_the_active_log(sync: Callable[[SimulatedFile], None]) -> Plant:
+    """Put `sync` in the place of the one that commits wait for."""
+    right = SimulatedFile.sync
+
+    def chosen(file: SimulatedFile) -> None:
+        (sync if file._writable and _is_active_log(file) else right)(file)
+
+    return mock.patch.object(SimulatedFile, "sync", chosen)
+
+
 def acknowledged_before_the_sync() -> Plant:
-    return mock.patch.object(log.LogWriter, "sync", _never)
+    return _sync_of_the_active_log(_never)
 
 
 def renamed_before_the_file_is_synced() -> Plant:
@@ -147,10 +165,11 @@ def a_sequence_is_reused_before_old_frames() -> Iterator[None]:
         file = directory._file_at(str(name))
         new = object.__new__(writer)
         new.name = name
-        new.sequence, new.first_sequence = sequence, sequence - old.n_batches
-        new.size, new._zeroed_size = old.end, size
-        new._seed = log.log_seed(store_id, name.number)
+        new.first_sequence = sequence - old.n_batches
         new._file = directory._handle(file, str(name), writable=True)
+        seed = log.log_seed(store_id, name.number)
+        file_path = str(name)
+        new.tail = _commit.Tail(new._file, file_path, seed, sequence, old.end, size)
         return new
 
     with (
@@ -164,31 +183,46 @@ def the_sticky_error_is_cleared() -> Plant:
     return mock.patch.object(engine.Engine, "_fail", _never)
 
 
+class _HastyCommits:
+    """Lets everybody go when all is written, but for one, who still has to sync."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._right = _commit.GroupCommit(*arguments, **options)
+        self._leads = threading.Lock()
+
+    def commit(self, frame: bytearray | None, sync: bool) -> int:
+        sequence = self._right.commit(frame, False)
+        if sync and self._leads.acquire(blocking=False):
+            try:
+                self._right.commit(None, True)
+            finally:
+                self._leads.release()
+        return sequence
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._right, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("tail", "size_max"):
+            setattr(self._right, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
 def followers_are_woken_before_the_sync() -> Plant:
-    write_frames = engine.Engine._write_frames
-
-    def wake_first(running: engine.Engine, group: list[group_commit.Request]) -> None:
-        sync = any(request.sync for request in group)
-        for request in group:
-            request.sync = False
-        write_frames(running, group)
-        for request in group:
-            request.is_done = True
-            group_commit._wake(request)
-        if sync:
-            running._sync_log()
-
-    return mock.patch.object(engine.Engine, "_write_frames", wake_first)
+    return mock.patch.object(engine, "GroupCommit", _HastyCommits)
 
 
 def a_failed_sync_is_retried() -> Plant:
-    def sync(writer: log.LogWriter) -> None:
-        try:
-            writer._file.sync()
-        except OSError:
-            writer._file.sync()
+    right = SimulatedFile.sync
 
-    return mock.patch.object(log.LogWriter, "sync", sync)
+    def sync(file: SimulatedFile) -> None:
+        try:
+            right(file)
+        except OSError:
+            right(file)
+
+    return _sync_of_the_active_log(sync)
 
 
 def a_read_error_is_taken_for_the_end() -> Plant:

@@ -14,6 +14,8 @@ from metastore.errors import StoreLockedError
 class SimulatedFile:
     """An open file of a simulated directory."""
 
+    descriptor = -1
+
     def __init__(
         self, disk: Disk, content: Content, name: str, path: str, *, writable: bool
     ) -> None:

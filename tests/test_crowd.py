@@ -29,13 +29,11 @@ from crowd import (
     recover_after_crowd,
     recover_crowd,
 )
-from disk import Disk, Fault
+from disk import Disk, Fault, Operation
 from faults import FaultPlan, failures
 from histories import BrokenPromiseError
 from metastore import MetadataStore, StoreFailedError, engine, log
 from metastore.directory import DirectoryProtocol, FileName
-from metastore.frames import encode_batch
-from metastore.group_commit import Request
 from simulated import SimulatedDirectory
 from small_store import repeatable
 from verbs import apply
@@ -186,6 +184,11 @@ def test_the_next_log_is_not_prepared_under_the_rotation_that_needs_it():
     assert state == {1: (1, bytes(200)), 2: (2, b"acknowledged")}
 
 
+def compact(store: MetadataStore) -> None:
+    with pytest.raises(StoreFailedError, match="injected"):
+        store.compact()
+
+
 def test_a_log_is_not_sealed_again_after_a_rotation_that_failed():
     """The story: a batch made the log due, and compact() came in the same group.
 
@@ -198,19 +201,19 @@ def test_a_log_is_not_sealed_again_after_a_rotation_that_failed():
     store.insert_batch([(1, (1, b"acknowledged"))])
     running = store._engine
     running._compactor.wait_idle()
-    due = Request(encode_batch([(2, (2, bytes(range(256)) * 10))], 1), True)
+    compacting = threading.Thread(target=compact, args=[store])
 
-    def commit_after(request: Request) -> None:
-        running._write_group([due, request])
-        if request.error is not None:
-            raise request.error
+    def fail_rename(operation: Operation) -> Fault | None:
+        if operation.kind == "write" and not compacting.ident:
+            compacting.start()
+            while running._commits.n_waiting == 0:  # compact() waits behind this batch
+                pass
+        return Fault() if operation.kind == "rename" else None
 
-    disk.before = lambda operation: Fault() if operation.kind == "rename" else None
-    with (
-        mock.patch.object(running._commits, "commit", commit_after),
-        pytest.raises(StoreFailedError, match="injected"),
-    ):
-        store.compact()
+    disk.before = fail_rename
+    store.insert_batch([(2, (2, bytes(range(256)) * 10))])
+    compacting.join(TIMEOUT_SECONDS)
+    assert not compacting.is_alive()
     with contextlib.suppress(StoreFailedError):
         store.shutdown()
     store, state = recover_after_crowd(SimulatedDirectory(disk.copy()))

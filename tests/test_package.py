@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 import metastore
-from metastore import _codec, _merge, format
+from metastore import _codec, _commit, _merge, format
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTENSIONS = {"_codec": _codec, "_merge": _merge}
+EXTENSIONS = {"_codec": _codec, "_commit": _commit, "_merge": _merge}
 
 
 def constants(module: object) -> dict[str, object]:

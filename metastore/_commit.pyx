@@ -1,0 +1,548 @@
+"""Group commit: many threads ask, one leader writes for all of them.
+
+A request joins the queue. Whoever finds no leader leads: it takes the queue, numbers
+its frames, writes them with one call, syncs once, hands the lead to the first that
+waits by then, and lets its group go.
+
+This is in C since a sync lasts as long as thousands of bytecodes: neither to wait nor
+to wake nor to write takes the GIL, so a thread that keeps it delays nobody's write. It
+is also why an interrupt cannot come between two steps: it waits for the call's return.
+A file without a descriptor (as in tests) is written to by its methods, with the GIL;
+all else is the same for both.
+"""
+
+from cpython.bytearray cimport PyByteArray_AS_STRING
+from cpython.buffer cimport PyBUF_READ
+from cpython.memoryview cimport PyMemoryView_FromMemory
+from libc.errno cimport EINTR, EIO, errno
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport strerror
+
+cdef extern from "_kernels.h" nogil:
+    const size_t MS_HEADER
+    void ms_init()
+    void ms_finish_frame(
+        uint8_t* frame, uint32_t seed, uint64_t sequence, uint64_t durable
+    )
+
+cdef extern from * nogil:
+    """
+    #include <fcntl.h>
+    #include <pthread.h>
+    #include <sys/uio.h>
+    #include <unistd.h>
+
+    #if defined(__APPLE__)
+    #define ms_sync(descriptor) fcntl(descriptor, F_FULLFSYNC)
+    #else
+    #define ms_sync(descriptor) fdatasync(descriptor)
+    #endif
+
+    #define ms_thread() ((uintptr_t)pthread_self())
+    #define MS_AHEAD_SIZE_MAX (1 << 20)
+    static uint8_t ms_zeros[MS_AHEAD_SIZE_MAX];
+    """
+    ctypedef struct pthread_mutex_t:
+        pass
+    ctypedef struct pthread_cond_t:
+        pass
+    struct iovec:
+        void* iov_base
+        size_t iov_len
+    int pthread_mutex_init(pthread_mutex_t*, void*)
+    int pthread_mutex_destroy(pthread_mutex_t*)
+    int pthread_mutex_lock(pthread_mutex_t*)
+    int pthread_mutex_unlock(pthread_mutex_t*)
+    int pthread_cond_init(pthread_cond_t*, void*)
+    int pthread_cond_destroy(pthread_cond_t*)
+    int pthread_cond_signal(pthread_cond_t*)
+    int pthread_cond_wait(pthread_cond_t*, pthread_mutex_t*)
+    ssize_t pwritev(int, const iovec*, int, long long)
+    int ms_sync(int)
+    uintptr_t ms_thread()
+    const size_t MS_AHEAD_SIZE_MAX
+    uint8_t* ms_zeros
+
+ms_init()
+
+# Zeros are written ahead of small frames, so that their sync writes no metadata: as
+# much as the log is long, within these bounds. Frames above the last size bring none.
+cdef enum:
+    AHEAD_FRAMES_MAX = 64 << 10
+    # Frames of one write: with the zeros fewer than the 1,024 that Linux takes.
+    GROUP_MAX = 1000
+    # In place of an errno: a method of the file has raised; nothing was tried, since
+    # nothing may be written any more; all is written, but the log has to rotate.
+    RAISED = -1
+    REFUSED = -2
+    DUE = -3
+
+
+cdef class Tail:
+    """The end of the active log: where the next frame goes. One thread at a time.
+
+    Parameters
+    ----------
+    file : FileProtocol
+        The log. Its owner closes it, and only while nobody appends.
+    path : str
+        Its name in errors.
+    seed : int
+        Of the frames' header checksums.
+    sequence : int
+        Of the next batch.
+    size : int
+        Where the next frame goes.
+    zeroed_size : int
+        Up to where the file holds zeros already; later as many at least are written
+        ahead.
+    """
+
+    cdef object _file
+    cdef str _path
+    cdef int _descriptor
+    cdef uint32_t _seed
+    cdef readonly uint64_t sequence
+    cdef readonly uint64_t size
+    cdef uint64_t _zeroed_size
+    cdef uint64_t _ahead_size_min
+    cdef object _raised
+
+    def __init__(
+        self, file, str path, uint32_t seed, uint64_t sequence, uint64_t size,
+        uint64_t zeroed_size
+    ):
+        self._file = file
+        self._path = path
+        self._descriptor = file.descriptor
+        self._seed = seed
+        self.sequence = sequence
+        self.size = size
+        self._zeroed_size = self._ahead_size_min = zeroed_size
+
+    def seal(self, bytearray end not None):
+        """Write a started end frame and make it durable; all before must be already."""
+        cdef iovec buffers[2]
+        cdef uint64_t last = self.sequence - 1
+        cdef int error
+        _point_at(buffers, end)
+        ms_finish_frame(<uint8_t*>buffers[0].iov_base, self._seed, last, last)
+        with nogil:
+            error = self._write(buffers, 1)
+            if not error:
+                error = self.sync()
+        if error:
+            raise self.error(error)
+
+    cdef int append(self, iovec* frames, int n, uint64_t durable) noexcept nogil:
+        """Number and write `n` started frames; return 0, an errno or RAISED.
+
+        There is room for one more behind `frames`, which are changed.
+        """
+        cdef int i, error
+        for i in range(n):
+            ms_finish_frame(
+                <uint8_t*>frames[i].iov_base, self._seed, self.sequence + i, durable
+            )
+        error = self._write(frames, n)
+        if not error:
+            self.sequence += n
+        return error
+
+    cdef int _write(self, iovec* buffers, int n) noexcept nogil:
+        cdef uint64_t size = 0, ahead
+        cdef int i, error
+        for i in range(n):
+            size += buffers[i].iov_len
+        if self.size + size > self._zeroed_size and size <= AHEAD_FRAMES_MAX:
+            ahead = min(max(self.size, self._ahead_size_min), MS_AHEAD_SIZE_MAX)
+            buffers[n].iov_base = ms_zeros
+            buffers[n].iov_len = ahead
+            n += 1
+            self._zeroed_size = self.size + size + ahead
+        if self._descriptor >= 0:
+            error = _write_all(self._descriptor, buffers, n, self.size)
+        else:
+            error = self._write_by_method(buffers, n)
+        if not error:
+            self.size += size
+        return error
+
+    cdef int _write_by_method(self, iovec* buffers, int n) noexcept nogil:
+        cdef int i
+        with gil:
+            try:
+                views = [
+                    PyMemoryView_FromMemory(
+                        <char*>buffers[i].iov_base, buffers[i].iov_len, PyBUF_READ
+                    )
+                    for i in range(n)
+                ]
+                self._file.write(views, self.size)
+            except BaseException as error:
+                self._raised = error
+                return RAISED
+        return 0
+
+    cdef int sync(self) noexcept nogil:
+        """Make everything written durable; return 0, an errno or RAISED."""
+        if self._descriptor >= 0:
+            while ms_sync(self._descriptor) < 0:
+                if errno != EINTR:
+                    return errno
+            return 0
+        with gil:
+            try:
+                self._file.sync()
+            except BaseException as error:
+                self._raised = error
+                return RAISED
+        return 0
+
+    cdef object error(self, int number):
+        """Return the exception for what `append` or `sync` has returned."""
+        if number == RAISED:
+            return self._raised
+        return OSError(number, strerror(number).decode(), self._path)
+
+
+cdef int _point_at(iovec* buffer, bytearray frame) except -1:
+    if <size_t>len(frame) < MS_HEADER:
+        raise ValueError(f"frame of {len(frame)} bytes is shorter than its header")
+    buffer.iov_base = PyByteArray_AS_STRING(frame)
+    buffer.iov_len = len(frame)
+    return 0
+
+
+cdef int _write_all(
+    int descriptor, iovec* buffers, int n, long long offset
+) noexcept nogil:
+    """Write `buffers` one after another at `offset`; return 0 or an errno."""
+    cdef ssize_t written
+    while n:
+        written = pwritev(descriptor, buffers, n, offset)
+        if written < 0:
+            if errno == EINTR:
+                continue
+            return errno
+        if written == 0:
+            return EIO  # no progress
+        offset += written
+        # Short: above 2 GiB, or when the disk fills up.
+        while n and <size_t>written >= buffers.iov_len:
+            written -= buffers.iov_len
+            buffers += 1
+            n -= 1
+        if n:
+            buffers.iov_base = <char*>buffers.iov_base + written
+            buffers.iov_len -= written
+    return 0
+
+
+cdef enum State:
+    WAITING
+    LEADING
+    WRITTEN
+    FAILED
+
+
+cdef struct Request:
+    # One caller's part of a group. Requests are used again, and freed with the queue:
+    # who wakes one may still hold its mutex when its owner has gone on.
+    pthread_mutex_t mutex
+    pthread_cond_t changed
+    State state
+    iovec frame             # of no size: nothing to write
+    bint sync
+    bint is_alone           # wants the lead, and nothing written
+    uint64_t sequence
+    Request* next           # in the queue or its group, or in the list of free ones
+    Request* other          # in the list of all
+
+
+cdef class GroupCommit:
+    """The queue and its leader. Thread-safe.
+
+    Parameters
+    ----------
+    tail : Tail
+        Where to write.
+    on_failure : callable
+        Told the exception of a failed write or sync, before anybody learns of it.
+    failed : callable
+        Returns what to raise for a request that was not written.
+    rotate : callable
+        Called by the leader, when its group is durable, if the log has grown beyond
+        `size_max`.
+    """
+
+    #: Where to write, and up to which size before `rotate` is called; to be changed by
+    #: who leads, the latter by anyone.
+    cdef public Tail tail
+    cdef public uint64_t size_max
+    #: Whether anything may be written; once cleared it stays so.
+    cdef readonly bint is_open
+    #: The newest sequence that is durable.
+    cdef readonly uint64_t durable
+    cdef readonly uint64_t n_batches
+    cdef readonly uint64_t n_writes
+    cdef readonly uint64_t n_syncs
+    cdef object _on_failure
+    cdef object _failed
+    cdef object _rotate
+    cdef pthread_mutex_t _mutex  # guards the fields that follow
+    cdef Request* _first
+    cdef Request* _last
+    cdef bint _is_led
+    cdef uintptr_t _leader      # its thread
+    cdef Request* _free
+    cdef Request* _all
+    #: How many requests no leader has taken up.
+    cdef readonly int n_waiting
+    cdef iovec _buffers[GROUP_MAX + 1]
+
+    def __cinit__(self):
+        pthread_mutex_init(&self._mutex, NULL)
+
+    def __init__(self, Tail tail not None, on_failure, failed, rotate):
+        self.tail = tail
+        self.durable = tail.sequence - 1
+        self.size_max = <uint64_t>-1
+        self.is_open = True
+        self._on_failure = on_failure
+        self._failed = failed
+        self._rotate = rotate
+
+    def __dealloc__(self):
+        cdef Request* request = self._all
+        while request != NULL:
+            self._all = request.other
+            pthread_cond_destroy(&request.changed)
+            pthread_mutex_destroy(&request.mutex)
+            free(request)
+            request = self._all
+        pthread_mutex_destroy(&self._mutex)
+
+    def close(self):
+        """Let nothing more be written; who waits fails."""
+        self.is_open = False
+
+    def commit(self, bytearray frame, bint sync):
+        """Return when a started frame was written by this thread or another, or raise.
+
+        Parameters
+        ----------
+        frame : bytearray or None
+            None to write nothing.
+        sync : bool
+            Whether everything so far has to be durable before the caller goes on.
+
+        Returns
+        -------
+        int
+            The sequence of the batch; 0 without one.
+        """
+        cdef Request* request = self._new_request(frame, sync, False)
+        cdef Request* group = NULL
+        cdef int left = 0
+        try:
+            with nogil:
+                self._join(request)
+                if request.state == LEADING:
+                    left = self._lead(&group)
+            if left:
+                self._end_lead(left, group)
+            if request.state == FAILED:
+                raise self._failed()
+            return request.sequence
+        finally:
+            self._free_request(request)
+
+    def exclusively(self, action):
+        """Call `action` while nobody writes; it may write and change `tail`."""
+        cdef Request* request = self._new_request(None, False, True)
+        try:
+            with nogil:
+                self._join(request)
+                self._take()
+            try:
+                action()
+            finally:
+                with nogil:
+                    self._hand_on()
+        finally:
+            self._free_request(request)
+
+    cdef Request* _new_request(
+        self, bytearray frame, bint sync, bint is_alone
+    ) except NULL:
+        cdef Request* request
+        pthread_mutex_lock(&self._mutex)  # nobody keeps it for long, or with the GIL
+        if self._is_led and self._leader == ms_thread():
+            pthread_mutex_unlock(&self._mutex)
+            raise RuntimeError("this thread is in the middle of a commit already")
+        request = self._free
+        if request != NULL:
+            self._free = request.next
+        pthread_mutex_unlock(&self._mutex)
+        if request == NULL:
+            request = self._allocate()
+        request.state = WAITING
+        request.next = NULL
+        request.sync = sync
+        request.is_alone = is_alone
+        request.sequence = 0
+        request.frame.iov_len = 0
+        if frame is not None:
+            _point_at(&request.frame, frame)
+        return request
+
+    cdef Request* _allocate(self) except NULL:
+        cdef Request* request = <Request*>calloc(1, sizeof(Request))
+        if request == NULL:
+            raise MemoryError
+        pthread_mutex_init(&request.mutex, NULL)
+        pthread_cond_init(&request.changed, NULL)
+        pthread_mutex_lock(&self._mutex)
+        request.other = self._all
+        self._all = request
+        pthread_mutex_unlock(&self._mutex)
+        return request
+
+    cdef void _free_request(self, Request* request) noexcept:
+        pthread_mutex_lock(&self._mutex)
+        request.next = self._free
+        self._free = request
+        pthread_mutex_unlock(&self._mutex)
+
+    cdef void _join(self, Request* request) noexcept nogil:
+        """Queue a request; return when it leads, or another has done what it asks."""
+        pthread_mutex_lock(&self._mutex)
+        if self._first == NULL:
+            self._first = request
+        else:
+            self._last.next = request
+        self._last = request
+        self.n_waiting += 1
+        if not self._is_led:
+            self._is_led = True
+            request.state = LEADING
+        pthread_mutex_unlock(&self._mutex)
+        pthread_mutex_lock(&request.mutex)
+        while request.state == WAITING:
+            pthread_cond_wait(&request.changed, &request.mutex)
+        pthread_mutex_unlock(&request.mutex)
+
+    cdef Request* _take(self) noexcept nogil:
+        """Take the leader, which is first, and who may be in its group."""
+        cdef Request* leader
+        cdef Request* last
+        cdef int n = 1
+        pthread_mutex_lock(&self._mutex)
+        self._leader = ms_thread()
+        leader = last = self._first
+        while (
+            not leader.is_alone and last.next != NULL and not last.next.is_alone
+            and n < GROUP_MAX
+        ):
+            last = last.next
+            n += 1
+        self.n_waiting -= n
+        self._first = last.next
+        last.next = NULL
+        pthread_mutex_unlock(&self._mutex)
+        return leader
+
+    cdef int _lead(self, Request** group) noexcept nogil:
+        """Write a group; return what is left to do with the lead and the GIL, or 0."""
+        cdef int error
+        group[0] = self._take()
+        error = self._write(group[0])
+        if error:
+            return error
+        if self.tail.size > self.size_max:
+            _let_go(group[0], WRITTEN)
+            return DUE
+        self._hand_on()  # first, so that the next group is on its way
+        _let_go(group[0], WRITTEN)
+        return 0
+
+    cdef int _end_lead(self, int left, Request* group) except -1:
+        try:
+            if left == DUE:
+                self._rotate()
+            elif left != REFUSED:
+                self._on_failure(self.tail.error(left))
+        finally:
+            with nogil:
+                self._hand_on()
+                if left != DUE:
+                    _let_go(group, FAILED)
+        return 0
+
+    cdef int _write(self, Request* group) noexcept nogil:
+        """Write and sync what a group asks; return 0, an errno, RAISED or REFUSED."""
+        cdef Request* request = group
+        cdef bint sync = False
+        cdef int n = 0, error = 0
+        if not self.is_open:
+            return REFUSED
+        while request != NULL:
+            if request.frame.iov_len:
+                request.sequence = self.tail.sequence + n
+                self._buffers[n] = request.frame
+                n += 1
+            sync |= request.sync
+            request = request.next
+        if n:
+            error = self.tail.append(self._buffers, n, self.durable)
+            self.n_batches += n
+            self.n_writes += 1
+        if sync and not error:
+            error = self._sync()
+        return error
+
+    cdef int _sync(self) noexcept nogil:
+        cdef uint64_t last = self.tail.sequence - 1
+        cdef int error = 0
+        if self.durable < last:
+            error = self.tail.sync()
+            self.n_syncs += 1
+            if not error:
+                self.durable = last
+        return error
+
+    def sync_now(self):
+        """Make everything durable; for who leads."""
+        cdef int error
+        with nogil:
+            error = self._sync()
+        if error:
+            raise self.tail.error(error)
+
+    cdef void _hand_on(self) noexcept nogil:
+        """Give up the lead, to the first that waits if there is one."""
+        cdef Request* heir
+        pthread_mutex_lock(&self._mutex)
+        heir = self._first
+        self._leader = 0
+        self._is_led = heir != NULL
+        pthread_mutex_unlock(&self._mutex)
+        if heir != NULL:
+            _tell(heir, LEADING)
+
+
+cdef void _let_go(Request* group, State state) noexcept nogil:
+    cdef Request* request
+    while group != NULL:
+        request = group
+        group = group.next  # before it is told: then it may be used again
+        _tell(request, state)
+
+
+cdef void _tell(Request* request, State state) noexcept nogil:
+    pthread_mutex_lock(&request.mutex)
+    request.state = state
+    pthread_cond_signal(&request.changed)
+    pthread_mutex_unlock(&request.mutex)

@@ -1,0 +1,352 @@
+"""Group commit in C: its queue and leader, and the two calls that it makes itself."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metastore import MetadataStore
+from metastore._commit import GroupCommit, Tail
+from metastore.frames import encode_batch
+
+TIMEOUT_SECONDS = 60
+PWRITEV, FDATASYNC = 1, 2
+SHORT, NO_PROGRESS = -1, -2
+
+
+class File:
+    """A file without a descriptor, that remembers its calls."""
+
+    descriptor = -1
+    path = "file"
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.calls: list[str] = []
+
+    def write(self, buffers: list[memoryview], offset: int) -> None:
+        self.calls.append("write")
+        self.data[offset:] = b"".join(buffers)
+
+    def sync(self) -> None:
+        self.calls.append("sync")
+
+
+class RefusedError(Exception):
+    pass
+
+
+def group_commit(file: File, rotate: Any = lambda: None) -> GroupCommit:
+    failures: list[BaseException] = []
+
+    def fail(error: BaseException) -> None:
+        failures.append(error)
+        commits.close()
+
+    def refusal() -> RefusedError:
+        return RefusedError(*failures)
+
+    tail = Tail(file, file.path, seed=1, sequence=1, size=0, zeroed_size=512)
+    commits = GroupCommit(tail, fail, refusal, rotate)
+    return commits
+
+
+def frame(n: int = 1) -> bytearray:
+    return encode_batch([(n, (n, b""))], 1)
+
+
+def run(*works: Any) -> None:
+    """Run each in a thread of its own, until all have ended."""
+    threads = [threading.Thread(target=work, daemon=True) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT_SECONDS)
+        assert not thread.is_alive()
+
+
+def test_a_batch_is_written_then_synced() -> None:
+    file = File()
+    commits = group_commit(file)
+    assert commits.commit(frame(), False) == 1
+    assert file.calls == ["write"]
+    assert commits.commit(frame(), True) == 2
+    assert file.calls == ["write", "write", "sync"]
+    assert commits.commit(None, True) == 0  # everything is durable
+    assert file.calls == ["write", "write", "sync"]
+    assert (commits.durable, commits.n_batches, commits.n_syncs) == (2, 2, 1)
+
+
+def test_who_waits_shares_a_write_and_a_sync() -> None:
+    file = File()
+    commits = group_commit(file)
+    n_threads = 20
+    found = []
+
+    def write_late(buffers: list[memoryview], offset: int) -> None:
+        del file.write  # the next ones at once
+        while commits.n_waiting < n_threads:
+            pass
+        File.write(file, buffers, offset)
+
+    file.write = write_late
+
+    def commit() -> None:
+        found.append(commits.commit(frame(), True))
+
+    run(*[commit] * (n_threads + 1))
+    assert sorted(found) == list(range(1, n_threads + 2))
+    assert file.calls == ["write", "sync"] * 2
+
+
+def test_more_wait_than_one_call_may_write() -> None:
+    """Linux takes 1,024 buffers in a call: the rest is the next leader's."""
+    file = File()
+    commits = group_commit(file)
+    n_threads = 1100
+    found = []
+
+    def commit() -> None:
+        found.append(commits.commit(frame(), True))
+
+    size = threading.stack_size(256 << 10)
+    try:
+        threads = [
+            threading.Thread(target=commit, daemon=True) for _ in range(n_threads)
+        ]
+
+        def start() -> None:
+            for thread in threads:
+                thread.start()
+            while commits.n_waiting < n_threads:
+                pass
+
+        commits.exclusively(start)
+        for thread in threads:
+            thread.join(TIMEOUT_SECONDS)
+    finally:
+        threading.stack_size(size)
+    assert sorted(found) == list(range(1, n_threads + 1))
+    assert file.calls == ["write", "sync"] * 2
+
+
+def test_a_failure_reaches_everybody_in_the_group_and_behind() -> None:
+    file = File()
+    commits = group_commit(file)
+    commits.commit(frame(), True)
+    refused = []
+
+    def fail() -> None:
+        raise OSError(errno.EIO, "injected")
+
+    file.sync = fail
+
+    def commit() -> None:
+        with pytest.raises(RefusedError) as caught:
+            commits.commit(frame(), True)
+        refused.append(caught.value.args[0])
+
+    threads = [threading.Thread(target=commit, daemon=True) for _ in range(5)]
+
+    def start() -> None:
+        for thread in threads:
+            thread.start()
+        while commits.n_waiting < 5:
+            pass
+
+    commits.exclusively(start)
+    for thread in threads:
+        thread.join(TIMEOUT_SECONDS)
+    assert [error.args for error in refused] == [(errno.EIO, "injected")] * 5
+    commit()
+    assert commits.durable == 1
+    assert file.calls == ["write", "sync", "write"]  # nothing was tried behind it
+
+
+def test_the_lead_comes_back_from_an_action_that_raises() -> None:
+    commits = group_commit(File())
+
+    def fail() -> None:
+        raise KeyError
+
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            commits.exclusively(fail)
+    assert commits.commit(frame(), True) == 1
+
+
+def test_rotation_is_asked_for_behind_a_group_that_is_too_much() -> None:
+    sizes = []
+    file = File()
+    commits = group_commit(file, lambda: sizes.append(commits.tail.size))
+    commits.size_max = 2 * len(frame())
+    for n in range(1, 4):
+        assert commits.commit(frame(), True) == n
+    assert sizes == [3 * len(frame())]
+
+
+def test_a_rotation_that_is_interrupted_gives_the_lead_back() -> None:
+    def rotate() -> None:
+        commits.size_max = 1 << 40
+        raise KeyboardInterrupt
+
+    commits = group_commit(File(), rotate)
+    commits.size_max = 0
+    with pytest.raises(KeyboardInterrupt):
+        commits.commit(frame(), True)
+    assert commits.commit(frame(), True) == 2
+
+
+def test_a_commit_within_a_commit_is_refused() -> None:
+    """As by a signal handler during a rotation: it would wait for itself."""
+
+    def rotate() -> None:
+        commits.size_max = 1 << 40
+        for call in (
+            lambda: commits.commit(frame(), True),
+            lambda: commits.exclusively(rotate),
+        ):
+            with pytest.raises(RuntimeError, match="in the middle of a commit"):
+                call()
+
+    commits = group_commit(File(), rotate)
+    commits.size_max = 0
+    commits.commit(frame(), True)
+    commits.exclusively(rotate)
+    assert commits.commit(frame(), True) == 2
+
+
+def test_half_a_header_is_refused() -> None:
+    file = File()
+    commits = group_commit(file)
+    with pytest.raises(ValueError, match="shorter than its header"):
+        commits.commit(bytearray(47), True)
+    assert commits.commit(frame(), True) == 1
+
+
+# The calls themselves
+
+SCRIPT = """
+import ctypes, json, sys, threading
+from metastore import MetadataStore, StoreFailedError
+
+path, n_threads, call, at, error, forever = sys.argv[1], *map(int, sys.argv[2:])
+library = ctypes.CDLL(None)
+store, _ = MetadataStore.recover(path)
+store.insert_batch([(0, (1, b"before"))])
+store.compact()  # so that nothing goes on behind our back
+returned, raised = [0], []
+ready = threading.Barrier(n_threads)
+
+def work(thread):
+    ready.wait()
+    for key in range(1 + thread, 1 + 40 * n_threads, n_threads):
+        try:
+            store.insert_batch([(key, (key, bytes(1000)))])
+            returned.append(key)
+        except StoreFailedError as failure:
+            cause = failure.__cause__
+            raised.append([cause.errno, cause.filename])
+
+library.failing_calls_plan(call, at, error, forever)
+threads = [threading.Thread(target=work, args=[n]) for n in range(n_threads)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+calls = [library.failing_calls_count(number) for number in (1, 2)]
+library.failing_calls_plan(0, 0, 0, 0)
+store.shutdown()
+print(json.dumps([returned, raised, calls]))
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("needs a C compiler and a loader that takes libraries beforehand")
+    target = tmp_path_factory.mktemp("library") / "failing_calls.so"
+    source = Path(__file__).with_name("failing_calls.c")
+    command = [compiler, "-shared", "-fPIC", "-o", target, source, "-ldl"]
+    subprocess.run(command, check=True)
+    return target
+
+
+def run_with_failure(
+    library: Path, path: Path, n_threads: int, *plan: int
+) -> tuple[list[int], list[list[Any]], list[int]]:
+    """Return keys whose call returned, causes of those that raised, and calls."""
+    preload = ":".join(filter(None, [os.environ.get("LD_PRELOAD"), str(library)]))
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(path), str(n_threads), *map(str, plan)],
+        env={**os.environ, "LD_PRELOAD": preload},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    returned, raised, calls = json.loads(done.stdout)
+    return returned, raised, calls
+
+
+def recovered_keys(path: Path) -> set[int]:
+    store, recovered = MetadataStore.recover(path)
+    store.shutdown()
+    assert not recovered.report.damage
+    for key, value, data in recovered:
+        assert (value, bytes(data)) == ((key, bytes(1000)) if key else (1, b"before"))
+    return set(recovered.keys.tolist())
+
+
+@pytest.mark.parametrize("n_threads", [1, 8])
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [(PWRITEV, SHORT), (PWRITEV, errno.EINTR), (FDATASYNC, errno.EINTR)],
+)
+def test_what_can_be_gone_on_with(library, tmp_path, n_threads, call, error):
+    for at in (1, 3):
+        path = tmp_path / str(at)
+        returned, raised, _ = run_with_failure(
+            library, path, n_threads, call, at, error, 0
+        )
+        assert raised == []
+        assert set(returned) == set(range(1 + 40 * n_threads)) == recovered_keys(path)
+
+
+@pytest.mark.parametrize("n_threads", [1, 8])
+@pytest.mark.parametrize("forever", [0, 1])
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (PWRITEV, errno.EIO),
+        (PWRITEV, errno.ENOSPC),
+        (PWRITEV, NO_PROGRESS),
+        (FDATASYNC, errno.EIO),
+        (FDATASYNC, errno.ENOSPC),
+    ],
+)
+def test_a_failed_call_sticks(library, tmp_path, n_threads, forever, call, error):
+    for at in (1, 3):
+        path = tmp_path / str(at)
+        returned, raised, calls = run_with_failure(
+            library, path, n_threads, call, at, error, forever
+        )
+        number = errno.EIO if error == NO_PROGRESS else error
+        log = str(path / f"log_{2:016x}")
+        assert raised == [[number, log]] * (1 + 40 * n_threads - len(returned))
+        # None was tried again, and nothing after it.
+        assert calls == ([at, at - 1] if call == PWRITEV else [at, at])
+        found = recovered_keys(path)
+        assert set(returned) <= found
+        assert len(found - set(returned)) <= n_threads
