@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import math
+import os
+import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -39,8 +39,8 @@ __all__ = ["Compactor", "Job", "compact", "plan_jobs"]
 #: A block with fewer records, and few bytes, is joined with its neighbour.
 _BLOCK_RECORDS_MIN = BLOCK_RECORDS_TARGET // 2
 _BLOCK_USER_DATA_SIZE_MIN = BLOCK_USER_DATA_SIZE_MAX // 2
-#: Without a batch for so long, compaction takes every processor.
-_QUIET_SECONDS = 0.1
+#: How much nicer than the process the thread is that compacts, and those it starts.
+_NICENESS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +155,6 @@ def compact(
     *,
     level: int,
     threads: int,
-    n_batches: Callable[[], int] | None = None,
 ) -> tuple[FileName, int]:
     """Write, publish and verify a snapshot of `snapshot` and `logs`, then remove those.
 
@@ -176,8 +175,6 @@ def compact(
         The compression level of zstd.
     threads : int
         How many threads decode, merge and encode.
-    n_batches : callable, optional
-        Tells how many batches were committed; while that grows, one thread fewer works.
 
     Returns
     -------
@@ -190,9 +187,8 @@ def compact(
     run = _read_run(directory, store_id, logs, sequence, threads)
     reader = _open_snapshot(directory, snapshot) if snapshot else None
     writer = SnapshotWriter(directory, name, store_id, sequence, threads)
-    gate = _Gate(threads, n_batches)
     try:
-        _write_jobs(writer, reader, run, level, threads, gate)
+        _write_jobs(writer, reader, run, level, threads)
         size = writer.publish()
     finally:
         writer.close()
@@ -242,45 +238,18 @@ def _read_run(
     return sort_last_wins(concatenate(parts), threads)
 
 
-class _Gate:
-    """Leaves a processor to commits as long as there are any."""
-
-    def __init__(self, threads: int, n_batches: Callable[[], int] | None) -> None:
-        self._room = threading.BoundedSemaphore(max(1, threads - 1))
-        self._n_batches = n_batches
-        self._n_seen = n_batches() if n_batches else 0
-        self._seen_at = -math.inf
-
-    def room(self) -> contextlib.AbstractContextManager[Any]:
-        """Return what a thread holds while it works on a job."""
-        return self._room if self._is_committing() else contextlib.nullcontext()
-
-    def _is_committing(self) -> bool:
-        # Threads may come here at once; whoever sees the batch first notes the time.
-        now = time.monotonic()
-        n = self._n_batches() if self._n_batches else 0
-        if n != self._n_seen:
-            self._n_seen, self._seen_at = n, now
-        return now - self._seen_at < _QUIET_SECONDS
-
-
 def _write_jobs(
     writer: SnapshotWriter,
     reader: SnapshotReader | None,
     run: Columns,
     level: int,
     threads: int,
-    gate: _Gate,
 ) -> None:
     index = reader.index if reader else np.zeros(0, dtype=INDEX_DTYPE)
 
     def work(job: Job) -> Job | list[tuple[Columns, bytearray]]:
         if job.is_copy:
             return job
-        with gate.room():
-            return make(job)
-
-    def make(job: Job) -> list[tuple[Columns, bytearray]]:
         old = [
             reader.read_block(block)
             for block in range(job.block_start, job.block_stop)
@@ -355,6 +324,7 @@ class Compactor:
             self._thread.join()
 
     def _work(self) -> None:
+        _be_nice()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._tasks or self._is_stopping)
@@ -379,3 +349,15 @@ class Compactor:
             with self._changed:
                 self._is_busy = False
                 self._changed.notify_all()
+
+
+def _be_nice() -> None:
+    """Let commits, which wait for a processor for microseconds, go before this thread.
+
+    On Linux a thread has a niceness of its own, and those it starts inherit it.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # only a courtesy
+            thread = threading.get_native_id()
+            nicer = os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS
+            os.setpriority(os.PRIO_PROCESS, thread, nicer)

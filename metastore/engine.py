@@ -329,7 +329,6 @@ class Engine:
             sequence,
             level=self._options.compression_level,
             threads=self._options.n_threads,
-            n_batches=lambda: self._commits.n_batches,
         )
         with self._mutex:
             self._snapshot, self._snapshot_size = name, size

@@ -47,7 +47,7 @@ _SCAN_BLOCKS = 16
 #: Bytes that a writer collects before it calls the operating system.
 _WRITE_SIZE = 1 << 20
 #: Bytes between two syncs: all in one at the end would hold up those of the log.
-_SYNC_SIZE = 16 << 20
+_SYNC_SIZE = 4 << 20
 
 
 class SnapshotReader:
@@ -108,8 +108,8 @@ class SnapshotReader:
         table = new_table(n_blocks)
         blocks = self.view[: self.end_offset]
         stop = FILE_HEADER_SIZE
-        for first in range(0, n_blocks, _SCAN_BLOCKS):
-            part = table[first : first + _SCAN_BLOCKS]
+        for row in range(0, n_blocks, _SCAN_BLOCKS):
+            part = table[row : row + _SCAN_BLOCKS]
             start = stop
             n, stop, status = _codec.scan_frames(
                 blocks, start, self._seed, 0, part, True

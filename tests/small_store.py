@@ -37,5 +37,8 @@ def repeatable() -> Iterator[None]:
         mock.patch.object(log, "time", clock),
         mock.patch.object(snapshot, "time", clock),
         mock.patch.object(log, "_AHEAD_SIZE_MIN", 2 * SECTOR_SIZE),
+        # A snapshot that is synced on the way, too.
+        mock.patch.object(snapshot, "_WRITE_SIZE", SECTOR_SIZE // 2),
+        mock.patch.object(snapshot, "_SYNC_SIZE", SECTOR_SIZE // 2),
     ):
         yield
