@@ -241,13 +241,22 @@ class Engine:
 
     # ---- rotation ----
 
+    def _limit(self) -> int:
+        """How many bytes may be logged that are not on their way into a snapshot."""
+        return max(self._options.log_size_bytes_min, self._snapshot_size)
+
+    def _waiting(self) -> int:
+        return sum(log.size for log in self._sealed)
+
     def _room(self) -> int:
-        """How many bytes may still be logged before a compaction is due."""
-        waiting = sum(log.size for log in self._sealed)
-        return max(self._options.log_size_bytes_min, self._snapshot_size) - waiting
+        """How many bytes the active log may hold before it has to rotate."""
+        waiting, limit = self._waiting(), self._limit()
+        # Sealed logs that are due already wait for a compaction before theirs: to seal
+        # the active one, batch by batch, would bring none of them any further.
+        return limit if waiting > limit else limit - waiting
 
     def _set_size_max(self) -> None:
-        self._commits.size_max = FILE_HEADER_SIZE + max(self._room(), 0)
+        self._commits.size_max = FILE_HEADER_SIZE + self._room()
 
     def _rotate_if_due(self) -> None:
         # Not an empty log, though older ones that wait may be due by themselves.
@@ -307,7 +316,7 @@ class Engine:
     # ---- compaction ----
 
     def _compact_if_due(self) -> None:
-        if self._room() < 0:
+        if self._waiting() > self._limit():
             self._compactor.submit(self._compact_sealed)
 
     def _compact_sealed(self) -> None:
