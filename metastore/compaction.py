@@ -229,7 +229,7 @@ def _read_run(
             header = _header_of(file, name)
             if header.store_id != store_id or header.sequence != first:
                 raise CorruptionError(file.path, 0, "the log was exchanged for another")
-            content = read_log(file, header, bound=bound, threads=threads)
+            content = read_log(file, header, bound=bound, mapped=True, threads=threads)
         finally:
             file.close()
         if content.damage is not None:

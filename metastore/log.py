@@ -20,6 +20,7 @@ from metastore.directory import (
 )
 from metastore.errors import CorruptionError
 from metastore.format import (
+    CHECKSUM_XOR,
     FILE_HEADER_SIZE,
     FRAME_HEADER_SIZE,
     KIND_END,
@@ -30,7 +31,10 @@ from metastore.format import (
 from metastore.frames import Table, corruption, decode_into, new_table
 from metastore.parallel import ordered_map
 
-__all__ = ["LogContent", "LogWriter", "prepare_log", "read_log"]
+__all__ = ["LogContent", "LogWriter", "ends_sealed", "prepare_log", "read_log"]
+
+#: Behind its last frame a log has fewer zeros than this.
+_TAIL_SIZE_MAX = (1 << 20) + 4096
 
 #: A log is read, and its payloads are decoded, in windows of this size.
 _WINDOW_SIZE = 1 << 20
@@ -279,11 +283,36 @@ class _Source:
             release_pages(self._view, offset, offset + size)
 
 
+def ends_sealed(file: FileProtocol, header: FileHeader) -> bool:
+    """Return whether an end frame stands behind everything in a log but zeros.
+
+    Every sync of the batches had succeeded before it was written: so what the cache
+    shows of them is on the medium, whether the end frame is or not.
+    """
+    size = file.size()
+    start = max(FILE_HEADER_SIZE, size // 8 * 8 - _TAIL_SIZE_MAX)
+    data = bytes(file.read(start, size - start))
+    used = len(data.rstrip(b"\0"))
+    seed = log_seed(header.store_id, header.number)
+    # The frame's last bytes may be zeros, too.
+    for at in range(max(used - FRAME_HEADER_SIZE, 0) // 8 * 8, used, 8):
+        frame = data[at : at + FRAME_HEADER_SIZE]
+        checksum = int.from_bytes(frame[:4], "little") ^ CHECKSUM_XOR
+        if (
+            len(frame) == FRAME_HEADER_SIZE
+            and frame[4] == KIND_END
+            and _codec.crc32c(frame[4:], seed) == checksum
+        ):
+            return True
+    return False
+
+
 def read_log(
     file: FileProtocol,
     header: FileHeader,
     *,
     bound: int | None = None,
+    mapped: bool = False,
     threads: int = 1,
     on_bytes: Callable[[int], None] | None = None,
 ) -> LogContent:
@@ -297,6 +326,9 @@ def read_log(
         Its header, already checked.
     bound : int, optional
         The first sequence of the next log; None for the newest log.
+    mapped : bool
+        Whether to map the file, which nobody may be writing; an error of the medium is
+        a signal then, and not an exception.
     threads : int
         How many threads decode.
     on_bytes : callable, optional
@@ -307,7 +339,7 @@ def read_log(
     LogContent
         With `damage` set where a bad frame is not a torn tail.
     """
-    source = _Source(file, mapped=bound is not None)
+    source = _Source(file, mapped)
     scan = _Scan(source, header, bound, file.path)
     content = LogContent([], 0, header.sequence, FILE_HEADER_SIZE, False, 0, None)
 

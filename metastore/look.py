@@ -431,7 +431,9 @@ def _check_alone(
         if isinstance(header, CorruptionError):
             return FileCheck(name, size, "header", None, None, header)
         if name.kind == "log":
-            log = read_log(file, header, bound=bound, threads=threads)
+            log = read_log(
+                file, header, bound=bound, mapped=bound is not None, threads=threads
+            )
             check = _check_log(name, size, log)
         else:
             check = _check_snapshot_alone(name, size, file, header, threads)

@@ -22,7 +22,7 @@ from metastore.directory import (
 )
 from metastore.errors import CorruptionError, FormatVersionError, MetastoreError
 from metastore.format import FILE_HEADER_SIZE, FileHeader
-from metastore.log import LogContent, read_log
+from metastore.log import LogContent, ends_sealed, read_log
 from metastore.report import RecoveryReport
 from metastore.snapshot import SnapshotReader
 
@@ -295,8 +295,9 @@ def read(
     progress : callable, optional
         Called in this thread with bytes done and bytes in all.
     settle_log : bool
-        Whether to sync the newest log and drop it from the page cache first: what a
-        failed sync left in the cache may not be on the medium.
+        Whether to sync the newest log, if no end frame says that all of it is durable,
+        and drop it from the page cache first: what a failed sync left in the cache may
+        not be on the medium.
     stop_at_damage : bool
         Return what precedes damage in a log instead of raising.
 
@@ -363,11 +364,18 @@ def _read_logs(
     for i, (name, header) in enumerate(logs):
         file = files[name]
         is_newest = i + 1 == len(logs)
-        if is_newest and settle_log:
+        is_durable = not is_newest or (settle_log and ends_sealed(file, header))
+        if settle_log and not is_durable:
             file.sync()
             file.drop_cache()
-        bound = None if is_newest else logs[i + 1][1].sequence
-        log = read_log(file, header, bound=bound, threads=threads, on_bytes=counter.add)
+        log = read_log(
+            file,
+            header,
+            bound=None if is_newest else logs[i + 1][1].sequence,
+            mapped=is_durable,
+            threads=threads,
+            on_bytes=counter.add,
+        )
         parts += log.parts
         log.parts = []
         content.sequence = log.sequence - 1

@@ -1,9 +1,17 @@
 """Logs are read in windows; where a window ends must not matter."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from disk import Disk, Operation
 from metastore import MetadataStore, log
+from metastore.directory import Directory
+from metastore.format import FileHeader
+from simulated import SimulatedDirectory
+
+CALLS = ("sync", "drop_cache")
 
 
 @pytest.mark.parametrize("window_size", [48, 56, 200, 1_000, 4_096, 1 << 20])
@@ -45,3 +53,61 @@ def test_window_frames_do_not_matter(tmp_path, monkeypatch, window_frames):
     store, recovered = MetadataStore.recover(tmp_path)
     store.shutdown()
     assert list(recovered) == [(key, key + 1, b"") for key in range(15)]
+
+
+@pytest.mark.parametrize(
+    ("end", "calls"),
+    [("shutdown", []), ("kill", ["sync", "drop_cache"]), ("unsynced", [])],
+)
+def test_a_log_is_read_from_the_medium_unless_it_is_sealed(end, calls):
+    """What a killed process left in the cache may not be durable; what is sealed is."""
+    disk = Disk()
+    store, _ = MetadataStore._recover_in(SimulatedDirectory(disk), inline=True)
+    store.insert_batch([(1, (1, b"")), (2, (2, bytes(5_000)))], sync=end != "unsynced")
+    killed = disk.copy()
+    store.shutdown()
+    if end == "kill":
+        disk = killed
+    found = []
+
+    def note(operation: Operation) -> None:
+        if operation.name == f"log_{1:016x}" and operation.kind in CALLS:
+            found.append(operation.kind)
+
+    disk.before = note
+    store, recovered = MetadataStore._recover_in(SimulatedDirectory(disk), inline=True)
+    store.shutdown()
+    assert len(recovered) == 2
+    assert found == calls
+
+
+def test_only_an_end_frame_of_its_own_seals_a_log(tmp_path):
+    store, _ = MetadataStore.recover(tmp_path)
+    store.insert_batch([(1, (1, bytes(100)))])
+    store.shutdown()
+    path = tmp_path / f"log_{1:016x}"
+    sealed = path.read_bytes()
+    end = 64 + 48 + 20 + 100  # behind the file header and the batch
+
+    def is_sealed(data: bytes, number: int = 1) -> bool:
+        path.write_bytes(data)
+        directory = Directory.open_existing(str(tmp_path))
+        file = directory.open(path.name)
+        try:
+            header = FileHeader.unpack(sealed[:64], "log", 1, str(path))
+            return log.ends_sealed(file, dataclasses.replace(header, number=number))
+        finally:
+            file.close()
+            directory.close()
+
+    assert is_sealed(sealed)
+    assert is_sealed(sealed[: end + 48])
+    assert not is_sealed(sealed[: end + 47])
+    assert is_sealed(sealed + bytes(1 << 19))
+    assert not is_sealed(sealed, number=2)  # its frames have other seeds
+    assert not is_sealed(sealed[:64])
+    assert not is_sealed(sealed[:64] + bytes(1 << 16))
+    for offset in range(64, end + 48):
+        damaged = bytearray(sealed)
+        damaged[offset] ^= 1
+        assert is_sealed(bytes(damaged)) == (offset < end)
