@@ -6,11 +6,8 @@ they are; ``compact`` does it, in bounded memory; ``Compactor`` is the thread.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
-import os
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -39,8 +36,6 @@ __all__ = ["Compactor", "Job", "compact", "plan_jobs"]
 #: A block with fewer records, and few bytes, is joined with its neighbour.
 _BLOCK_RECORDS_MIN = BLOCK_RECORDS_TARGET // 2
 _BLOCK_USER_DATA_SIZE_MIN = BLOCK_USER_DATA_SIZE_MAX // 2
-#: How much nicer than the process the thread is that compacts, and those it starts.
-_NICENESS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,7 +319,6 @@ class Compactor:
             self._thread.join()
 
     def _work(self) -> None:
-        _be_nice()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._tasks or self._is_stopping)
@@ -349,15 +343,3 @@ class Compactor:
             with self._changed:
                 self._is_busy = False
                 self._changed.notify_all()
-
-
-def _be_nice() -> None:
-    """Let commits, which wait for a processor for microseconds, go before this thread.
-
-    On Linux a thread has a niceness of its own, and those it starts inherit it.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # only a courtesy
-            thread = threading.get_native_id()
-            nicer = os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS
-            os.setpriority(os.PRIO_PROCESS, thread, nicer)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
-import sys
-import threading
 
 import numpy as np
 import pytest
@@ -142,21 +139,3 @@ def test_a_failed_sync_on_the_way_ends_the_compaction(tmp_path, monkeypatch, thr
     assert recovered.report.snapshot is None
     store.compact()
     store.shutdown()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="niceness of a thread is Linux's")
-def test_the_thread_that_compacts_is_nicer_than_the_process(tmp_path, monkeypatch):
-    found = set()
-    encode = compaction.encode
-
-    def look(*args):
-        found.add(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
-        return encode(*args)
-
-    before = os.getpriority(os.PRIO_PROCESS, 0)
-    store = ten_blocks(tmp_path, threads=2)
-    monkeypatch.setattr(compaction, "encode", look)
-    store.compact()
-    store.shutdown()
-    assert found == {min(before + 10, 19)}
-    assert os.getpriority(os.PRIO_PROCESS, 0) == before
