@@ -378,6 +378,10 @@ cdef class GroupCommit:
         self, bytearray frame, bint sync, bint is_alone
     ) except NULL:
         cdef Request* request
+        cdef iovec buffer
+        buffer.iov_base, buffer.iov_len = NULL, 0
+        if frame is not None:
+            _point_at(&buffer, frame)
         pthread_mutex_lock(&self._mutex)  # nobody keeps it for long, or with the GIL
         if self._is_led and self._leader == ms_thread():
             pthread_mutex_unlock(&self._mutex)
@@ -393,9 +397,7 @@ cdef class GroupCommit:
         request.sync = sync
         request.is_alone = is_alone
         request.sequence = 0
-        request.frame.iov_len = 0
-        if frame is not None:
-            _point_at(&request.frame, frame)
+        request.frame = buffer
         return request
 
     cdef Request* _allocate(self) except NULL:
@@ -497,8 +499,9 @@ cdef class GroupCommit:
             request = request.next
         if n:
             error = self.tail.append(self._buffers, n, self.durable)
-            self.n_batches += n
             self.n_writes += 1
+            if not error:
+                self.n_batches += n
         if sync and not error:
             error = self._sync()
         return error
