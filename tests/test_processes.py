@@ -202,8 +202,10 @@ def test_a_kill_before_each_system_call(tmp_path, prepare, what):
 # The lock
 
 HOLDER = """
-import sys
+import signal, sys
 from metastore import MetadataStore
+# A shell that starts something in the background lets it ignore this one.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 store, _ = MetadataStore.recover(sys.argv[1])
 store.insert_batch([(1, (1, b"durable"))])
 store.insert_batch([(2, (2, b"written"))], sync=False)
