@@ -43,7 +43,7 @@ $(BUILT): pyproject.toml setup.py $(wildcard metastore/*.pyx metastore/*.h)
 	fi
 	@touch $@
 
-# The extras that only some verbs need: docs, bench, matrix.
+# The extras that only some verbs need: docs, bench, fuzz, matrix.
 $(VENV)/.extra-%: pyproject.toml | setup
 	$(BIN)/python -m pip install --quiet -e '.[$*]'
 	@touch $@
@@ -82,6 +82,10 @@ stress-rest: setup
 stress-fuzz: setup
 	METASTORE_FUZZ_SECONDS=$(STRESS_SECONDS) $(MAKE) sanitize \
 	    ARGS="-m slow -s --timeout 0 tests/test_fuzz.py $(ARGS)"
+
+FUZZ_SECONDS ?= 600
+fuzz: $(VENV)/.extra-fuzz  ## coverage-guided fuzzing, by atheris (Linux)
+	$(BIN)/python tests/fuzz_guided.py -max_total_time=$(FUZZ_SECONDS) -max_len=4096 $(ARGS)
 
 bench: $(VENV)/.extra-bench  ## all benchmarks, into docs/performance.md (hours)
 	$(BIN)/python -m benchmarks --json benchmarks/results.json --report $(ARGS)
@@ -141,5 +145,5 @@ clean:  ## remove everything that was built, .venv too
 	rm -f metastore/*.so
 	find . -name __pycache__ -exec rm -rf {} +
 
-.PHONY: bench bench-quick clean coverage debug demo docs help lint matrix sanitize \
+.PHONY: bench bench-quick clean coverage debug demo docs fuzz help lint matrix sanitize \
 	setup stress stress-fuzz stress-rest test types

@@ -8,10 +8,9 @@ docs/format.md. Some cases are recovered from real files, which are mapped, and 
 feed the kernels directly. ``--case N`` runs one case again, ``--replay DIR`` a store
 that was saved.
 
-No coverage-guided engine: random bytes die at the first checksum, and an engine would
-have to be taught the format just as ``hostile`` was; the branches behind the checksums
-are few enough that a million forged stores reach each of them thousands of times. The
-sanitizer build, under which `make stress` runs this, sees what goes wrong in memory.
+The dice are a plain generator's; ``fuzz_guided`` lets a coverage-guided engine roll
+them. The sanitizer build, under which `make stress` runs this, sees what goes wrong in
+memory.
 """
 
 from __future__ import annotations
