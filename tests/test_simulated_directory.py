@@ -187,6 +187,16 @@ def test_close_is_idempotent_and_ends_the_file(directory):
             call()
 
 
+def test_a_descriptor_is_of_an_open_file_or_none(directory):
+    """Group commit writes by it, and by the methods where there is none."""
+    file = directory.create("a")
+    file.write([b"hello"], 0)
+    descriptor = file.descriptor
+    assert descriptor == -1 or os.pread(descriptor, 10, 0) == b"hello"
+    file.close()
+    assert file.descriptor == -1
+
+
 def test_rename_replaces(directory):
     write(directory, "a", b"new")
     write(directory, "b", b"old")
