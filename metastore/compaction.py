@@ -6,8 +6,10 @@ they are; ``compact`` does it, in bounded memory; ``Compactor`` is the thread.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -28,6 +30,7 @@ from metastore.format import (
 )
 from metastore.frames import encode
 from metastore.log import read_log
+from metastore.pace import Pace
 from metastore.parallel import ordered_map
 from metastore.snapshot import SnapshotReader, SnapshotWriter, split_into_blocks
 
@@ -150,6 +153,7 @@ def compact(
     *,
     level: int,
     threads: int,
+    pace: Pace,
 ) -> tuple[FileName, int]:
     """Write, publish and verify a snapshot of `snapshot` and `logs`, then remove those.
 
@@ -170,6 +174,8 @@ def compact(
         The compression level of zstd.
     threads : int
         How many threads decode, merge and encode.
+    pace : Pace
+        When to rest.
 
     Returns
     -------
@@ -179,16 +185,17 @@ def compact(
         Its size in bytes.
     """
     name = FileName("snapshot", logs[-1][0].number)
+    pace.begin()
     run = _read_run(directory, store_id, logs, sequence, threads)
     reader = _open_snapshot(directory, snapshot) if snapshot else None
     writer = SnapshotWriter(directory, name, store_id, sequence, threads)
     try:
-        _write_jobs(writer, reader, run, level, threads)
+        _write_jobs(writer, reader, run, level, threads, pace)
         size = writer.publish()
     finally:
         writer.close()
     # Nothing is removed before what contains it was read back.
-    _open_snapshot(directory, name).check_payloads(threads)
+    _open_snapshot(directory, name).check_payloads(threads, pace)
     for old in [*(log for log, _ in logs), *([snapshot] if snapshot else [])]:
         directory.remove(str(old))
     directory.sync()
@@ -239,6 +246,7 @@ def _write_jobs(
     run: Columns,
     level: int,
     threads: int,
+    pace: Pace,
 ) -> None:
     index = reader.index if reader else np.zeros(0, dtype=INDEX_DTYPE)
 
@@ -258,13 +266,26 @@ def _write_jobs(
             for part in split_into_blocks(merged)
         ]
 
-    for done in ordered_map(work, plan_jobs(index, run.keys), threads):
+    jobs = plan_jobs(index, run.keys)
+    for done in ordered_map(work, jobs, threads, pace.at_once):
         if isinstance(done, Job):
             assert reader is not None
-            writer.copy_blocks(reader, done.block_start, done.block_stop)
+            for block in range(done.block_start, done.block_stop):
+                writer.copy_blocks(reader, block, block + 1)
+                pace.rest()
             continue
         for columns, frame in done:
             writer.put_block(columns, frame)
+        pace.rest()
+
+
+def _yield_to_commits() -> None:
+    """Let this thread, and those that it starts, preempt no other when they wake."""
+    if not hasattr(os, "SCHED_BATCH"):
+        return
+    with contextlib.suppress(OSError):  # as in a container that forbids it
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 class Compactor:
@@ -319,6 +340,7 @@ class Compactor:
             self._thread.join()
 
     def _work(self) -> None:
+        _yield_to_commits()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._tasks or self._is_stopping)

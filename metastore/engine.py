@@ -28,6 +28,7 @@ from metastore.errors import (
 )
 from metastore.format import FILE_HEADER_SIZE, NUMBER_MAX, SEQUENCE_MAX, STORE_ID_SIZE
 from metastore.log import LogWriter, prepare_log
+from metastore.pace import Pace
 from metastore.parallel import default_threads
 from metastore.recovery import (
     Content,
@@ -42,6 +43,11 @@ from metastore.report import StoreStats
 __all__ = ["Engine", "Options", "open_engine"]
 
 _logger = logging.getLogger(__name__)
+
+#: More bytes than a log ever holds.
+_UNBOUNDED = 1 << 62
+#: A log this long, or as long as what a compaction has in hand, ends its rests.
+_BACKLOG_SIZE_MIN = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,6 +162,7 @@ class Engine:
             rotate=lambda: self._try(self._rotate_if_due),
         )
         self._set_size_max()
+        self._pace = Pace(lambda: self._commits.n_writes, self._backlog)
         self._compactor = Compactor(self._fail, options.inline)
         _engines.add(self)
         self._compactor.submit(self._prepare_next)
@@ -251,9 +258,9 @@ class Engine:
     def _room(self) -> int:
         """How many bytes the active log may hold before it has to rotate."""
         waiting, limit = self._waiting(), self._limit()
-        # Sealed logs that are due already wait for a compaction before theirs: to seal
-        # the active one, batch by batch, would bring none of them any further.
-        return limit if waiting > limit else limit - waiting
+        # Not while a compaction is due or under way: what is sealed meanwhile would
+        # wait for the next one all the same, at the price of four syncs a time.
+        return _UNBOUNDED if self._compacting or waiting > limit else limit - waiting
 
     def _set_size_max(self) -> None:
         self._commits.size_max = FILE_HEADER_SIZE + self._room()
@@ -319,6 +326,12 @@ class Engine:
         if self._waiting() > self._limit():
             self._compactor.submit(self._compact_sealed)
 
+    def _backlog(self) -> float:
+        """How long the active log is, as a share of what may delay a compaction."""
+        in_hand = sum(log.size for log in self._compacting)
+        bound = max(_BACKLOG_SIZE_MIN, self._snapshot_size + in_hand)
+        return (self._log.size - FILE_HEADER_SIZE) / bound
+
     def _compact_sealed(self) -> None:
         """Bring every sealed log into a new snapshot; in the background."""
         with self._mutex:
@@ -338,6 +351,7 @@ class Engine:
             sequence,
             level=self._options.compression_level,
             threads=self._options.n_threads,
+            pace=self._pace,
         )
         with self._mutex:
             self._snapshot, self._snapshot_size = name, size
@@ -384,6 +398,7 @@ class Engine:
 
     def _shut_down(self) -> None:
         # First the thread, which may wait for nothing of ours; then the log.
+        self._pace.hurry()
         self._compactor.stop()
         try:
             if self._failure is None:
@@ -420,6 +435,7 @@ class Engine:
             return
         self._commits.exclusively(self._close)
         _engines.discard(self)
+        self._pace.hurry()
         self._compactor.stop()
         with contextlib.ExitStack() as stack:  # the lock goes even if a close fails
             stack.callback(self._directory.close)

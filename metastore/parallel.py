@@ -22,12 +22,15 @@ def default_threads() -> int:
 
 
 def ordered_map(
-    function: Callable[[Item], Result], items: Iterable[Item], threads: int
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    threads: int,
+    at_once: Callable[[int], int] = lambda threads: 2 * threads,
 ) -> Iterator[Result]:
     """Yield ``function(item)`` for each item, in the order of `items`.
 
-    Items are drawn lazily, and at most ``2 * threads`` are under way, so that memory
-    stays bounded. With one thread everything runs in the caller.
+    Items are drawn lazily, and at most ``at_once(threads)`` are under way, so that
+    memory stays bounded. With one thread everything runs in the caller.
     """
     if threads <= 1:
         yield from map(function, items)
@@ -37,7 +40,7 @@ def ordered_map(
         try:
             for item in items:
                 under_way.append(_submit(pool, function, item))
-                if len(under_way) >= 2 * threads:
+                while len(under_way) >= at_once(threads):
                     yield under_way.popleft().result()
             while under_way:
                 yield under_way.popleft().result()

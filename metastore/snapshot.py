@@ -38,6 +38,7 @@ from metastore.format import (
     unpack_trailer,
 )
 from metastore.frames import corruption, decode, decode_into, encode, new_table
+from metastore.pace import Pace
 from metastore.parallel import ordered_map
 
 __all__ = ["SnapshotReader", "SnapshotWriter", "split_into_blocks"]
@@ -220,8 +221,9 @@ class SnapshotReader:
                 on_bytes(size)
         return whole
 
-    def check_payloads(self, threads: int = 1) -> None:
+    def check_payloads(self, threads: int = 1, pace: Pace | None = None) -> None:
         """Read every block back and check its checksum, without decoding it."""
+        pace = pace or Pace()
 
         def check(block: int) -> None:
             if not _codec.check_payload(self.view, self._table[block]):
@@ -235,8 +237,9 @@ class SnapshotReader:
                 )
             self._release(block)
 
-        for _ in ordered_map(check, range(self.n_blocks), threads):
-            pass
+        blocks = range(self.n_blocks)
+        for _ in ordered_map(check, blocks, threads, pace.at_once):
+            pace.rest()
 
 
 def _running_sum(column: npt.NDArray[Any]) -> list[int]:

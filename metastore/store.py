@@ -65,7 +65,8 @@ class MetadataStore:
             The directory. It is created if it is missing, with its parents.
         log_size_bytes_min : int
             A log rotates, and is compacted, when the bytes that are not yet in a
-            snapshot pass ``max(log_size_bytes_min, size of the snapshot)``.
+            snapshot pass ``max(log_size_bytes_min, size of the snapshot)``; while a
+            compaction is under way, with the first commit after it.
         compression_level : int
             Of zstd, -50 to 22, for batches and snapshots written from now on.
         threads : int, optional

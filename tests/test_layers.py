@@ -33,7 +33,7 @@ LAYERS = (
     ("directory",),
     ("format",),
     ("_codec", "_commit", "_merge"),
-    ("errors", "parallel", "progress"),
+    ("errors", "pace", "parallel", "progress"),
 )
 HEIGHT = {
     module: len(LAYERS) - depth

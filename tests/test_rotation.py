@@ -3,7 +3,7 @@
 import threading
 from unittest import mock
 
-from metastore import MetadataStore
+from metastore import MetadataStore, engine
 from metastore.compaction import Compactor
 from metastore.directory import Directory
 
@@ -40,14 +40,15 @@ def test_the_next_log_is_created_by_one_thread(tmp_path):
     """
     directory = OneWriterDirectory.open_or_create(str(tmp_path))
     store, _ = MetadataStore._recover_in(directory, log_size_bytes_min=1)
-    for key in range(200):
-        store.insert_batch([(key, (key + 1, b""))])
-    assert store.stats().n_rotations > 10
+    n_batches = 0
+    while store.stats().n_rotations <= 20:  # once a compaction, however long it takes
+        store.insert_batch([(n_batches, (n_batches + 1, bytes(5_000)))])
+        n_batches += 1
     store.shutdown()
     assert directory.created_twice == []
     store, recovered = MetadataStore.recover(tmp_path)
     store.shutdown()
-    assert len(recovered) == 200
+    assert len(recovered) == n_batches
 
 
 def test_a_log_without_batches_is_not_rotated(tmp_path):
@@ -63,17 +64,48 @@ def test_a_log_without_batches_is_not_rotated(tmp_path):
         store.shutdown()
 
 
-def test_batches_do_not_rotate_one_by_one_while_a_compaction_is_due(tmp_path):
-    """Sealed logs that wait, and are due, once made every batch seal a log of its own.
+def test_nothing_rotates_while_a_compaction_is_due_or_under_way(tmp_path):
+    """While a compaction ran, every batch or a few once sealed a log of its own.
 
-    While a compaction ran, the next one's logs waited; with them every batch was too
-    much, and each paid for a rotation: a quarter of the time of 400 batches of 28 KB.
+    What is sealed meanwhile waits for the next compaction, as it would in the active
+    log, but each rotation costs its commit four syncs: first with the waiting logs
+    counted against the active one (every batch rotated), then without (every time that
+    a limit was full, 16 times beside 3 compactions of 50 batches of 2.8 MB).
     """
-    with mock.patch.object(Compactor, "submit"):  # so that sealed logs wait
+    with mock.patch.object(Compactor, "submit"):  # so that the compaction stays due
         store, _ = MetadataStore.recover(tmp_path, log_size_bytes_min=10_000)
         for key in range(40):  # of 1,072 bytes each in the log
             store.insert_batch([(key, (key + 1, bytes(1_000)))])
         stats = store.stats()
     store.shutdown()
-    assert stats.n_rotations == 4  # once each time that a whole limit is full
-    assert stats.n_logs_sealed == 4
+    assert stats.n_rotations == 1
+    assert stats.n_logs_sealed == 1
+    assert stats.log_size > 3 * 10_000
+
+
+def test_a_log_that_grew_beside_a_compaction_rotates_when_that_has_ended(tmp_path):
+    """The first commit after a compaction sees that the log is due by then."""
+    started, may_end = threading.Event(), threading.Event()
+    compact = engine.compact
+
+    def slow(*args, **options):
+        started.set()
+        assert may_end.wait(60)
+        return compact(*args, **options)
+
+    store, _ = MetadataStore.recover(tmp_path, log_size_bytes_min=10_000)
+    with mock.patch.object(engine, "compact", slow):
+        for key in range(10):
+            store.insert_batch([(key, (key + 1, bytes(1_000)))])
+        assert started.wait(60)
+        for key in range(10, 40):
+            store.insert_batch([(key, (key + 1, bytes(1_000)))])
+        assert store.stats().n_rotations == 1
+        may_end.set()
+        store._engine._compactor.wait_idle()
+        assert store.stats().n_rotations == 1
+        store.insert_batch([(40, (41, b""))])
+        store._engine._compactor.wait_idle()
+    stats = store.stats()
+    store.shutdown()
+    assert (stats.n_rotations, stats.n_compactions, stats.n_logs_sealed) == (2, 2, 0)

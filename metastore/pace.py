@@ -1,0 +1,77 @@
+"""Pace: a compaction goes gently while commits come.
+
+A commit that meets a compaction waits for two things: the device, when a piece of the
+snapshot is on its way, and a processor, when packing has taken all of them. Smaller
+pieces and lower priorities make each wait shorter, but every commit waits; so the
+compaction works in one thread instead, and rests for a multiple of the time it worked.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+__all__ = ["Pace"]
+
+#: Seconds of rest for each second of work: p99 of commits then stays within about
+#: twice that of an idle store (docs/performance.md).
+_REST_RATIO = 4.0
+#: A longer rest would make nothing better.
+_REST_SECONDS_MAX = 0.05
+#: Commits come if one came so many seconds ago.
+_RECENT_SECONDS = 0.25
+
+
+class Pace:
+    """When a compaction rests. For one at a time; :meth:`hurry` is for any thread.
+
+    Parameters
+    ----------
+    n_writes : callable
+        Returns how often a commit was written so far: if it stands still, nobody is
+        in the way and there is no rest.
+    backlog : callable
+        Returns what has piled up meanwhile, as a share of what may: rests shrink as it
+        grows, and end when it reaches 1, so that commits never outrun compaction.
+    """
+
+    def __init__(
+        self,
+        n_writes: Callable[[], int] = lambda: 0,
+        backlog: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        self._n_writes = n_writes
+        self._backlog = backlog
+        self._hurried = threading.Event()
+        #: Whether one thread should do the work of all.
+        self.is_gentle = False
+        self.begin()
+
+    def begin(self) -> None:
+        """Start at full speed, until a commit comes."""
+        self.is_gentle = False
+        self._n_seen = self._n_writes()
+        self._seen_at = -_RECENT_SECONDS
+        self._resumed_at = time.perf_counter()
+
+    def hurry(self) -> None:
+        """End the rest, and take no other: someone waits for the end."""
+        self._hurried.set()
+
+    def at_once(self, threads: int) -> int:
+        """Return how many jobs may be under way if there are so many threads."""
+        return 1 if self.is_gentle else 2 * threads
+
+    def rest(self) -> None:
+        """Rest from the work since the last rest, if commits come."""
+        now = time.perf_counter()
+        worked = now - self._resumed_at
+        n_writes = self._n_writes()
+        if n_writes != self._n_seen:
+            self._n_seen, self._seen_at = n_writes, now
+        share = 1 - self._backlog() if now - self._seen_at < _RECENT_SECONDS else 0
+        self.is_gentle = share > 0 and not self._hurried.is_set()
+        if self.is_gentle:
+            self._hurried.wait(min(worked * _REST_RATIO * share, _REST_SECONDS_MAX))
+        self._resumed_at = time.perf_counter()

@@ -1,0 +1,121 @@
+"""Pace: when a compaction rests, and for how long."""
+
+import threading
+from unittest import mock
+
+import pytest
+
+from metastore import pace
+from metastore.pace import Pace
+
+
+class Clock:
+    """Time that passes only when a test says so; a rest passes it too."""
+
+    def __init__(self):
+        self.now = 1000.0
+        self.rests = []
+
+    def perf_counter(self):
+        return self.now
+
+    def wait(self, seconds):
+        self.rests.append(seconds)
+        self.now += seconds
+
+
+class Commits:
+    """What a pace asks of a store."""
+
+    def __init__(self):
+        self.n_writes = 7
+        self.backlog = 0.0
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(pace, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def commits():
+    return Commits()
+
+
+@pytest.fixture
+def paced(clock, commits, monkeypatch):
+    paced = Pace(lambda: commits.n_writes, lambda: commits.backlog)
+    monkeypatch.setattr(paced._hurried, "wait", clock.wait)
+    return paced
+
+
+def work(clock, paced, seconds):
+    """Work for so long, then let the pace decide; return how long it rested."""
+    clock.now += seconds
+    n_rests = len(clock.rests)
+    paced.rest()
+    return sum(clock.rests[n_rests:])
+
+
+def test_without_commits_there_is_no_rest(clock, paced):
+    assert work(clock, paced, 0.001) == 0
+    assert work(clock, paced, 1.0) == 0
+    assert paced.at_once(3) == 6
+
+
+def test_commits_before_the_compaction_do_not_count(clock, commits, paced):
+    commits.n_writes += 100
+    paced.begin()
+    assert work(clock, paced, 0.001) == 0
+    assert paced.at_once(3) == 6
+
+
+def test_a_rest_is_a_multiple_of_the_work(clock, commits, paced):
+    commits.n_writes += 1
+    assert work(clock, paced, 0.001) == pytest.approx(4 * 0.001)
+    assert paced.at_once(3) == 1
+    commits.n_writes += 1
+    assert work(clock, paced, 0.002) == pytest.approx(4 * 0.002)
+    commits.n_writes += 1
+    assert work(clock, paced, 1.0) == 0.05  # at most
+
+
+def test_commits_that_came_lately_still_count(clock, commits, paced):
+    commits.n_writes += 1
+    assert work(clock, paced, 0.001) > 0
+    assert work(clock, paced, 0.1) > 0
+    assert work(clock, paced, 0.3) == 0
+    assert paced.at_once(3) == 6
+
+
+def test_rests_shrink_as_the_backlog_grows(clock, commits, paced):
+    """Else commits could outrun a compaction for ever."""
+    for backlog, expected in ((0.5, 0.002), (0.75, 0.001), (1.0, 0.0), (3.0, 0.0)):
+        commits.n_writes += 1
+        commits.backlog = backlog
+        assert work(clock, paced, 0.001) == pytest.approx(expected)
+        assert paced.at_once(2) == (1 if expected else 4)
+
+
+def test_who_waits_for_the_end_ends_the_rests(clock, commits, paced):
+    commits.n_writes += 1
+    paced.hurry()
+    assert work(clock, paced, 0.001) == 0
+    assert paced.at_once(3) == 6
+
+
+def test_a_rest_under_way_ends_at_once():
+    """Not mocked: shutdown must not wait for a rest."""
+    n_writes = iter(range(10))
+    paced = Pace(lambda: next(n_writes))
+    with (
+        mock.patch.object(pace, "_REST_SECONDS_MAX", 600.0),
+        mock.patch.object(pace, "_REST_RATIO", 1e12),
+    ):
+        thread = threading.Thread(target=paced.rest)
+        thread.start()
+        paced.hurry()
+        thread.join(60)
+    assert not thread.is_alive()
