@@ -105,6 +105,8 @@ cdef enum:
     COLUMN_HEADS = 16
     SECTION_ROW = 8
     SECTIONS_MAX = 8 + 8 + 4 + 64
+    PARTS_MAX = 1 + SECTIONS_MAX
+    USER_DATA_GUESS = 16    # bytes a record, for a start
     SAMPLE_RUNS = 16
     SAMPLE_RUN = 256
 
@@ -207,44 +209,40 @@ cdef uint64_t _integer(object number, Py_ssize_t i, str what) except? 0:
         ) from None
 
 
-cdef Py_ssize_t _size_of(object user_data, Py_ssize_t i) except -1:
+cdef Py_ssize_t _append(
+    bytearray frame, Py_ssize_t end, object user_data, Py_ssize_t i
+) except -1:
+    """Copy user data to `end` in a frame, which grows as needed; return its size."""
     cdef Py_buffer view
-    cdef Py_ssize_t size
     if PyBytes_CheckExact(user_data):
-        size = PyBytes_GET_SIZE(user_data)
-    elif not PyObject_CheckBuffer(user_data):
+        return _append_bytes(
+            frame, end, PyBytes_AS_STRING(user_data), PyBytes_GET_SIZE(user_data), i
+        )
+    if not PyObject_CheckBuffer(user_data):
         raise TypeError(
             f"record {i}: user data must be bytes-like, not {type(user_data).__name__}"
         )
-    else:
-        try:
-            PyObject_GetBuffer(user_data, &view, PyBUF_SIMPLE)
-        except BufferError as error:
-            raise ValueError(f"record {i}: user data must be contiguous") from error
-        size = view.len
+    try:
+        PyObject_GetBuffer(user_data, &view, PyBUF_SIMPLE)
+    except BufferError as error:
+        raise ValueError(f"record {i}: user data must be contiguous") from error
+    try:
+        return _append_bytes(frame, end, <const char*>view.buf, view.len, i)
+    finally:
         PyBuffer_Release(&view)
+
+
+cdef inline Py_ssize_t _append_bytes(
+    bytearray frame, Py_ssize_t end, const char* data, Py_ssize_t size, Py_ssize_t i
+) except -1:
     if <uint64_t>size >= LENGTH_LIMIT:
         raise OverflowError(
             f"record {i}: user data of {size} bytes; the limit is 2**32 - 1"
         )
+    if end + size > len(frame):
+        PyByteArray_Resize(frame, max(end + size, 2 * len(frame)))
+    memcpy(_at(frame) + end, data, size)
     return size
-
-
-cdef int _copy_user_data(
-    object user_data, uint8_t* at, Py_ssize_t size, Py_ssize_t i
-) except -1:
-    cdef Py_buffer view
-    if PyBytes_CheckExact(user_data):
-        memcpy(at, PyBytes_AS_STRING(user_data), size)
-        return 0
-    PyObject_GetBuffer(user_data, &view, PyBUF_SIMPLE)
-    try:
-        if view.len != size:
-            raise ValueError(f"record {i}: user data changed its size meanwhile")
-        memcpy(at, view.buf, size)
-    finally:
-        PyBuffer_Release(&view)
-    return 0
 
 
 def encode_batch(batch):
@@ -267,14 +265,17 @@ def encode_batch(batch):
     """
     cdef list records = list(batch)
     cdef Py_ssize_t n = len(records)
-    cdef Py_ssize_t i, size, total = 0
+    cdef Py_ssize_t i, size
     cdef uint64_t key, value
     cdef object record, pair
+    cdef uint8_t* at
     if <uint64_t>n >= LENGTH_LIMIT:
         raise OverflowError(f"a batch of {n} records; the limit is 2**32 - 1")
     cdef Py_ssize_t user_data_at = HEADER + 20 * n
-    cdef bytearray frame = PyByteArray_FromStringAndSize(NULL, user_data_at)
-    cdef uint8_t* at = _at(frame) + HEADER
+    cdef Py_ssize_t end = user_data_at
+    cdef bytearray frame = PyByteArray_FromStringAndSize(
+        NULL, user_data_at + USER_DATA_GUESS * n
+    )
     for i in range(n):
         record = records[i]
         if not isinstance(record, tuple) or len(<tuple>record) != 2:
@@ -295,21 +296,14 @@ def encode_batch(batch):
                 raise ValueError(
                     f"record {i}: value 0 means deleted: give None instead"
                 )
-            size = _size_of((<tuple>pair)[1], i)
+            size = _append(frame, end, (<tuple>pair)[1], i)
+            end += size
+        at = _at(frame) + HEADER
         ms_store_u64(at + 8 * i, key)
         ms_store_u64(at + 8 * n + 8 * i, value)
         ms_store_u32(at + 16 * n + 4 * i, size)
-        total += size
-    PyByteArray_Resize(frame, _padded(user_data_at + total))
-    at = _at(frame) + user_data_at
-    for i in range(n):
-        pair = (<tuple>records[i])[1]
-        if pair is not None:
-            size = ms_load_u32(_at(frame) + HEADER + 16 * n + 4 * i)
-            if size:
-                _copy_user_data((<tuple>pair)[1], at, size, i)
-                at += size
-    _start_frame(_at(frame), BATCH, PLAIN, n, 20 * n + total, total)
+    PyByteArray_Resize(frame, _padded(end))
+    _start_frame(_at(frame), BATCH, PLAIN, n, end - HEADER, end - user_data_at)
     return frame
 
 
@@ -356,12 +350,32 @@ def encode_plain(
 
 def encode_payload(int kind, int layout, uint32_t n, uint64_t user_data_size, payload):
     """Start a frame around the joined bytes of `payload`, a sequence of buffers."""
-    cdef bytearray frame = bytearray().join([bytes(HEADER), *payload])
-    cdef Py_ssize_t payload_size = len(frame) - HEADER
-    PyByteArray_Resize(frame, _padded(HEADER + payload_size))
-    cdef uint8_t* start = _at(frame)
-    with nogil:
-        _start_frame(start, kind, layout, n, payload_size, user_data_size)
+    cdef list parts = list(payload)
+    cdef Py_buffer views[PARTS_MAX]
+    cdef int n_parts = len(parts)
+    cdef int n_views = 0, i
+    cdef Py_ssize_t payload_size = 0
+    cdef bytearray frame
+    cdef uint8_t* start
+    cdef uint8_t* at
+    if n_parts > PARTS_MAX:
+        raise ValueError(f"a payload of {n_parts} parts; the limit is {PARTS_MAX}")
+    try:
+        for part in parts:
+            PyObject_GetBuffer(part, &views[n_views], PyBUF_SIMPLE)
+            n_views += 1
+            payload_size += views[n_views - 1].len
+        frame = PyByteArray_FromStringAndSize(NULL, _padded(HEADER + payload_size))
+        start = _at(frame)
+        with nogil:  # touching new memory alone may take milliseconds
+            at = start + HEADER
+            for i in range(n_views):
+                memcpy(at, views[i].buf, views[i].len)
+                at += views[i].len
+            _start_frame(start, kind, layout, n, payload_size, user_data_size)
+    finally:
+        for i in range(n_views):
+            PyBuffer_Release(&views[i])
     return frame
 
 
