@@ -320,6 +320,12 @@ def encode_plain(
     -------
     bytearray
         The frame, to be given to :func:`finish_frame`.
+
+    Raises
+    ------
+    ValueError
+        If what was copied is no batch, since the columns changed after that check: it
+        would be durable, and nothing behind it could be recovered.
     """
     cdef Py_ssize_t n = keys.shape[0]
     _check_columns(n, values.shape[0], offsets.shape[0])
@@ -336,15 +342,23 @@ def encode_plain(
     cdef uint8_t* start = _at(frame)
     cdef uint8_t* at = start + HEADER
     cdef Py_ssize_t i
+    cdef uint64_t sum_of_lengths = 0, length
+    cdef bint bad = False
     with nogil:
         if n:
             memcpy(at, &keys[0], 8 * n)
             memcpy(at + 8 * n, &values[0], 8 * n)
             for i in range(n):
                 ms_store_u32(at + 16 * n + 4 * i, offsets[i + 1] - offsets[i])
+            for i in range(n):
+                length = ms_load_u32(at + 16 * n + 4 * i)
+                sum_of_lengths += length
+                bad |= length != 0 and ms_load_u64(at + 8 * n + 8 * i) == 0
         if total:
             memcpy(at + 20 * n, &user_data[first], total)
         _start_frame(start, kind, PLAIN, n, payload_size, total)
+    if bad or sum_of_lengths != total:
+        raise ValueError("the arrays were changed while they were encoded")
     return frame
 
 
@@ -1059,12 +1073,21 @@ def differences(const uint64_t[::1] numbers not None):
     return result
 
 
+cdef double _entropy(const uint32_t* counts, Py_ssize_t n) noexcept nogil:
+    cdef double bits = 0
+    cdef int byte
+    for byte in range(256):
+        if counts[byte]:
+            bits -= counts[byte] * log2(counts[byte] / <double>n)
+    return bits / n if n else 0
+
+
 def entropy_of_sample(const uint8_t[::1] data not None):
     """Estimate the order-0 entropy in bits per byte from at most 4,096 bytes."""
     cdef Py_ssize_t size = data.shape[0]
     cdef uint32_t counts[256]
-    cdef Py_ssize_t run, i, start, n = 0
-    cdef double bits = 0
+    cdef Py_ssize_t run, i, start
+    cdef double bits
     if size == 0:
         return 0.0
     with nogil:
@@ -1072,17 +1095,33 @@ def entropy_of_sample(const uint8_t[::1] data not None):
         if size <= SAMPLE_RUNS * SAMPLE_RUN:
             for i in range(size):
                 counts[data[i]] += 1
-            n = size
+            bits = _entropy(counts, size)
         else:
             for run in range(SAMPLE_RUNS):
                 start = (size - SAMPLE_RUN) * run // (SAMPLE_RUNS - 1)
                 for i in range(start, start + SAMPLE_RUN):
                     counts[data[i]] += 1
-            n = SAMPLE_RUNS * SAMPLE_RUN
-        for i in range(256):
-            if counts[i]:
-                bits -= counts[i] * log2(counts[i] / <double>n)
-    return bits / n
+            bits = _entropy(counts, SAMPLE_RUNS * SAMPLE_RUN)
+    return bits
+
+
+def entropy_of_planes(const uint8_t[::1] data not None, int width):
+    """Return the order-0 entropy, in bits per byte, of each plane of a small sample."""
+    if not 1 <= width <= PLANES_MAX or data.shape[0] % width:
+        raise ValueError(f"{data.shape[0]} bytes are no records of {width} bytes")
+    cdef Py_ssize_t n = data.shape[0] // width
+    cdef uint32_t counts[PLANES_MAX][256]
+    cdef double bits[PLANES_MAX]
+    cdef Py_ssize_t i
+    cdef int plane
+    with nogil:
+        memset(counts, 0, sizeof(counts))
+        for i in range(n):
+            for plane in range(width):
+                counts[plane][data[i * width + plane]] += 1
+        for plane in range(width):
+            bits[plane] = _entropy(counts[plane], n)
+    return [bits[plane] for plane in range(width)]
 
 
 def constant_of(const uint8_t[::1] data not None):

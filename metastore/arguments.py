@@ -42,8 +42,7 @@ def _uint64s(name: str, array: Any) -> Uint64s:
     if found.dtype.kind == "i" and found.size and int(found.min()) < 0:
         at = int(np.flatnonzero(found < 0)[0])
         raise OverflowError(f"{name}[{at}] is {int(found[at])}, outside 0 .. 2**64 - 1")
-    # A copy: the caller may change the array while it is checked and encoded.
-    return np.array(found, dtype=np.uint64, order="C")
+    return np.ascontiguousarray(found, dtype=np.uint64)
 
 
 def _bytes_of(user_data: Any) -> Uint8s:
@@ -65,6 +64,9 @@ def _bytes_of(user_data: Any) -> Uint8s:
 
 def columns_of_arrays(keys: Any, values: Any, offsets: Any, user_data: Any) -> Columns:
     """Check the arguments of ``insert_arrays`` and return them as columns.
+
+    These may be the caller's own arrays, that another thread changes meanwhile: what is
+    encoded of them is checked once more (``_codec.encode_plain``).
 
     Raises
     ------
@@ -104,12 +106,12 @@ def _user_data_columns(n: int, offsets: Any, user_data: Any) -> tuple[Uint64s, U
     data = _bytes_of(user_data)
     if len(checked) != n + 1:
         raise ValueError(f"{n} keys need {n + 1} offsets, not {len(checked)}")
-    if not _merge.check_offsets(checked, len(data)):
+    longest = _merge.longest_between(checked, len(data))
+    if longest < 0:
         raise ValueError(
             "offsets must start at 0, never descend, and end at the size of user_data "
             f"({len(data)} bytes)"
         )
-    longest = int(np.diff(checked).max()) if n else 0
     if longest > LENGTH_MAX:
         raise OverflowError(
             f"user data of {longest} bytes in one record; the limit is 2**32 - 1"

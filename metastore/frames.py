@@ -16,7 +16,7 @@ import numpy.typing as npt
 import zstandard
 
 from metastore import _codec
-from metastore.columns import Columns, Uint8s, Uint64s
+from metastore.columns import Columns, Uint8s, Uint32s, Uint64s
 from metastore.errors import CorruptionError
 from metastore.format import CHECKSUM_XOR, PACKED_RATIO_MAX, PACKED_SIZE_MAX
 
@@ -149,30 +149,44 @@ def corruption(
 
 def encode_batch(batch: Any, level: int) -> bytearray:
     """Start a batch frame from tuples; see ``_codec.encode_batch``."""
-    frame = _codec.encode_batch(batch)
-    if len(frame) < _BATCH_SIZE_MIN:
-        return frame
-    n = int.from_bytes(frame[24:28], "little")
-    at = _codec.FRAME_HEADER_SIZE
-    keys = np.frombuffer(frame, np.uint64, n, at)
-    values = np.frombuffer(frame, np.uint64, n, at + 8 * n)
-    lengths = np.frombuffer(frame, np.uint32, n, at + 16 * n)
-    user_data_size = int.from_bytes(frame[40:48], "little")
-    user_data = np.frombuffer(frame, np.uint8, user_data_size, at + 20 * n)
-    offsets = np.zeros(n + 1, dtype=np.uint64)
-    np.cumsum(lengths, out=offsets[1:])
-    columns = Columns(keys, values, offsets, user_data)
-    return _pack(_codec.KIND_BATCH, columns, level, _BATCH_SAVING) or frame
+    return _packed_batch(_codec.encode_batch(batch), level)
 
 
 def encode(kind: int, columns: Columns, level: int) -> bytearray:
     """Start a frame of `kind` from columns, packed where that makes it smaller."""
-    is_block = kind == _codec.KIND_BLOCK
-    size = 20 * len(columns) + columns.user_data_size
-    packed = None
-    if is_block or size >= _BATCH_SIZE_MIN:
-        packed = _pack(kind, columns, level, 1.0 if is_block else _BATCH_SAVING)
+    if kind == _codec.KIND_BATCH:
+        # First its own copy: the columns are the user's, who may be changing them.
+        return _packed_batch(_codec.encode_plain(kind, *columns.arrays()), level)
+    start, size = int(columns.offsets[0]), columns.user_data_size
+    packed = _pack(
+        kind,
+        columns.keys,
+        columns.values,
+        _codec.differences(columns.offsets)[1:],
+        columns.user_data[start : start + size],
+        level,
+        1.0,
+    )
     return packed or _codec.encode_plain(kind, *columns.arrays())
+
+
+def _packed_batch(frame: bytearray, level: int) -> bytearray:
+    """Return a plain batch frame packed, if that is worth it."""
+    if len(frame) < _BATCH_SIZE_MIN:
+        return frame
+    n = int.from_bytes(frame[24:28], "little")
+    user_data_size = int.from_bytes(frame[40:48], "little")
+    at = _codec.FRAME_HEADER_SIZE
+    packed = _pack(
+        _codec.KIND_BATCH,
+        np.frombuffer(frame, np.uint64, n, at),
+        np.frombuffer(frame, np.uint64, n, at + 8 * n),
+        np.frombuffer(frame, np.uint32, n, at + 16 * n),
+        np.frombuffer(frame, np.uint8, user_data_size, at + 20 * n),
+        level,
+        _BATCH_SAVING,
+    )
+    return packed or frame
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,21 +210,26 @@ def _raw(data: Uint8s) -> _Section:
     return _Section(_codec.ENCODING_RAW, 0, data)
 
 
-def _pack(kind: int, columns: Columns, level: int, saving: float) -> bytearray | None:
+def _pack(
+    kind: int,
+    keys: Uint64s,
+    values: Uint64s,
+    lengths: Uint32s | Uint64s,
+    user_data: Uint8s,
+    level: int,
+    saving: float,
+) -> bytearray | None:
     """Return a packed frame, or None if it would not be small enough or allowed."""
-    n = len(columns)
-    user_data_size = columns.user_data_size
+    n = len(keys)
+    user_data_size = len(user_data)
     plain_size = 20 * n + user_data_size
     if n == 0 or plain_size > PACKED_SIZE_MAX:
         return None
     compressor = _compressor(level)
-    lengths = _codec.differences(columns.offsets)[1:]
     common = _common_length(lengths)
-    start = int(columns.offsets[0])
-    user_data = columns.user_data[start : start + user_data_size]
     packed = [
-        _pack_numbers(columns.keys, compressor),
-        _pack_numbers(columns.values, compressor),
+        _pack_numbers(keys, compressor),
+        _pack_numbers(values, compressor),
         _pack_lengths(lengths, common, compressor),
         _pack_user_data(user_data, common, compressor),
     ]
@@ -250,8 +269,8 @@ def _is_compressible(data: Uint8s, compressor: zstandard.ZstdCompressor) -> bool
 
 def _pack_numbers(numbers: Uint64s, compressor: zstandard.ZstdCompressor) -> _Column:
     plain, delta = _samples(numbers)
-    plain_bits = _plane_bits(plain)
-    delta_bits = _plane_bits(delta)
+    plain_bits = _codec.entropy_of_planes(_bytes(plain), 8)
+    delta_bits = _codec.entropy_of_planes(_bytes(delta), 8)
     if min(plain_bits) > _ENTROPY_BITS_MAX and min(delta_bits) > _ENTROPY_BITS_MAX:
         return _Column(_codec.FILTER_NONE, [_pack_section(_bytes(numbers), compressor)])
     if sum(delta_bits) < sum(plain_bits):
@@ -275,11 +294,6 @@ def _samples(numbers: Uint64s) -> tuple[Uint64s, Uint64s]:
     )
 
 
-def _plane_bits(numbers: Uint64s) -> list[float]:
-    planes = _codec.split_planes(_bytes(numbers), 8)
-    return [_codec.entropy_of_sample(plane) for plane in planes]
-
-
 def _pack_planes(
     data: Uint8s, width: int, compressor: zstandard.ZstdCompressor
 ) -> list[_Section]:
@@ -290,13 +304,13 @@ def _pack_planes(
     return sections
 
 
-def _common_length(lengths: Uint64s) -> int | None:
+def _common_length(lengths: Uint32s | Uint64s) -> int | None:
     first = int(lengths[0])
     return first if bool((lengths == lengths[0]).all()) else None
 
 
 def _pack_lengths(
-    lengths: Uint64s, common: int | None, compressor: zstandard.ZstdCompressor
+    lengths: Uint32s | Uint64s, common: int | None, compressor: zstandard.ZstdCompressor
 ) -> _Column:
     if common is not None:
         planes = [_constant(byte) for byte in common.to_bytes(4, "little")]
@@ -311,8 +325,7 @@ def _pack_user_data(
     if common is not None and 2 <= common <= _codec.STRIDE_MAX:
         n_sample = max(1, _SAMPLE_SIZE // common)
         sample = user_data[: n_sample * common]
-        planes = _codec.split_planes(sample, common)
-        bits = [_codec.entropy_of_sample(plane) for plane in planes]
+        bits = _codec.entropy_of_planes(sample, common)
         rows_size = len(compressor.compress(sample.data))
         planes_size = sum(bits) / 8 * (len(sample) / common)
         if min(bits) <= _ENTROPY_BITS_MAX and planes_size < rows_size:

@@ -3,7 +3,7 @@
 A kernel may raise ValueError, IndexError, OverflowError or TypeError; anything else,
 or a memory access that the sanitizer build reports, is a finding. What a kernel's
 documentation says it trusts (tables of ``scan_frames``, offsets that
-``check_offsets`` accepted) is built as the callers build it.
+``longest_between`` accepted) is built as the callers build it.
 """
 
 from __future__ import annotations
@@ -66,6 +66,9 @@ def search(rng: random.Random) -> None:
         lambda: _codec.check_payload(data, np.zeros(rng.choice([0, 5, 6]), np.uint64)),
         lambda: _codec.split_planes(np.frombuffer(data, np.uint8), rng.randrange(70)),
         lambda: _codec.entropy_of_sample(np.frombuffer(data, np.uint8)),
+        lambda: _codec.entropy_of_planes(
+            np.frombuffer(data, np.uint8), rng.choice([-1, 0, 1, 2, 8, 64, 65])
+        ),
         lambda: _codec.constant_of(np.frombuffer(data, np.uint8)),
     ]
     rng.choice(functions)()
@@ -150,7 +153,7 @@ def gather(rng: random.Random) -> None:
         ),
         lambda: _merge.common_length(table.offsets[: rng.choice([0, 1, 2, n])]),
         lambda: _merge.keep_last(out, order),
-        lambda: _merge.check_offsets(out, len(table.user_data)),
+        lambda: _merge.longest_between(out, len(table.user_data)),
     ]
     rng.choice(functions)()
 

@@ -1086,6 +1086,55 @@ keys_that_repeat = st.lists(
 )
 
 
+@given(st.integers(1, 64), st.integers(0, 300), st.integers(0, 2**32))
+def test_entropy_of_planes(width: int, n: int, seed: int) -> None:
+    rng = random.Random(seed)
+    data = rng.randbytes(width * n)
+    planes = _codec.split_planes(np.frombuffer(data, np.uint8), width)
+    expected = [_codec.entropy_of_sample(plane) for plane in planes]
+    assert _codec.entropy_of_planes(np.frombuffer(data, np.uint8), width) == expected
+    if n > 1:
+        values = [len(set(data[plane::width])) for plane in range(width)]
+        assert [bits == 0 for bits in expected] == [number == 1 for number in values]
+
+
+def test_planes_of_other_sizes_are_refused() -> None:
+    for width in (-1, 0, 2, 65):
+        with pytest.raises(ValueError, match=f"of {width} bytes"):
+            _codec.entropy_of_planes(np.zeros(65 * 3, np.uint8), width)
+
+
+def test_a_payload_of_many_parts() -> None:
+    """Parts are joined without the GIL, in an array of a fixed size."""
+    parts = [bytes([number]) * (number % 3) for number in range(85)]
+    frame = _codec.encode_payload(_codec.KIND_END, _codec.LAYOUT_PLAIN, 0, 0, parts)
+    size = sum(map(len, parts))
+    assert frame[48 : 48 + size] == b"".join(parts)
+    assert int.from_bytes(frame[32:40], "little") == size
+    assert len(frame) == (48 + size + 7) // 8 * 8
+    assert not any(frame[48 + size :])
+    with pytest.raises(ValueError, match="86 parts"):
+        _codec.encode_payload(1, 0, 0, 0, [b""] * 86)
+    with pytest.raises(TypeError):
+        _codec.encode_payload(1, 0, 0, 0, [b"bytes", 5])
+
+
+def test_arrays_that_change_behind_their_check_are_refused() -> None:
+    """A frame that contradicts itself would be durable, and end every recovery.
+
+    The arrays of ``insert_arrays`` are not copied before they are checked; another
+    thread may change them until they are in the frame.
+    """
+    keys, values = uint64s([1, 2]), uint64s([5, 0])
+    data = np.zeros(8, np.uint8)
+    with pytest.raises(ValueError, match="were changed"):
+        _codec.encode_plain(1, keys, values, uint64s([0, 4, 8]), data)
+    values[1] = 6
+    with pytest.raises(ValueError, match="were changed"):
+        _codec.encode_plain(1, keys, values, uint64s([0, 9, 8]), data)
+    assert _codec.encode_plain(1, keys, values, uint64s([0, 4, 8]), data)
+
+
 @settings(max_examples=45)
 @given(
     keys_that_repeat,
@@ -1220,10 +1269,12 @@ def test_concatenate(batches: list[Records], skip: int) -> None:
 
 @settings(max_examples=30)
 @given(st.lists(st.integers(0, 6), max_size=8), st.integers(0, 40))
-def test_check_offsets(numbers: list[int], size: int) -> None:
+def test_longest_between(numbers: list[int], size: int) -> None:
     ascending = all(a <= b for a, b in itertools.pairwise(numbers))
     ends = bool(numbers) and numbers[0] == 0 and numbers[-1] == size
-    assert _merge.check_offsets(uint64s(numbers), size) == (ascending and ends)
+    steps = [b - a for a, b in itertools.pairwise(numbers)]
+    expected = max(steps, default=0) if ascending and ends else -1
+    assert _merge.longest_between(uint64s(numbers), size) == expected
 
 
 @settings(max_examples=30)
