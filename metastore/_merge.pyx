@@ -406,18 +406,23 @@ cdef struct Out:
     uint64_t* ends
     uint8_t* user_data
     uint64_t base
+    Py_ssize_t n_left       # room for so many records,
+    uint64_t size_left      # and so many bytes of user data
 
 
-cdef void _copy_range(
+cdef bint _copy_range(
     const uint64_t* keys, const uint64_t* values, const uint64_t* offsets,
     const uint8_t* user_data, Py_ssize_t n, Out* out
 ) noexcept nogil:
-    """Append `n` records; the pointers are those of the first of them."""
-    cdef uint64_t shift = out.base - offsets[0]
-    cdef uint64_t size = offsets[n] - offsets[0]
+    """Append `n` records, the first at the pointers; return whether there is room."""
+    cdef uint64_t shift, size
     cdef Py_ssize_t i
     if n == 0:
-        return
+        return True
+    shift = out.base - offsets[0]
+    size = offsets[n] - offsets[0]
+    if n > out.n_left or size > out.size_left:
+        return False
     memcpy(out.keys, keys, 8 * n)
     memcpy(out.values, values, 8 * n)
     for i in range(n):
@@ -429,6 +434,9 @@ cdef void _copy_range(
     out.ends += n
     out.user_data += size
     out.base += size
+    out.n_left -= n
+    out.size_left -= size
+    return True
 
 
 def merge_into(
@@ -441,7 +449,8 @@ def merge_into(
     old, new : tuple of (keys, values, offsets, user_data)
         Both sorted by strictly increasing key; a value of 0 in `new` deletes.
     out : tuple of (keys, values, ends, user_data)
-        Writable, of the sizes from :func:`merge_size`; `ends` has no leading 0.
+        Writable, of the sizes from :func:`merge_size` to the record and the byte;
+        `ends` has no leading 0.
     base : int
         Added to all of `ends`: the offset of the first user data byte.
     """
@@ -457,13 +466,13 @@ def merge_into(
     cdef uint64_t[::1] out_values = out[1]
     cdef uint64_t[::1] out_ends = out[2]
     cdef uint8_t[::1] out_data = out[3]
-    n_out, size = merge_size(old_keys, old_offsets, keys, values, offsets)
     if (
         old_values.shape[0] != old_keys.shape[0]
-        or out_keys.shape[0] != n_out
-        or out_values.shape[0] != n_out
-        or out_ends.shape[0] != n_out
-        or out_data.shape[0] != size
+        or old_offsets.shape[0] != old_keys.shape[0] + 1
+        or values.shape[0] != keys.shape[0]
+        or offsets.shape[0] != keys.shape[0] + 1
+        or out_values.shape[0] != out_keys.shape[0]
+        or out_ends.shape[0] != out_keys.shape[0]
         or <uint64_t>old_data.shape[0] < old_offsets[old_keys.shape[0]]
         or <uint64_t>data.shape[0] < offsets[keys.shape[0]]
     ):
@@ -480,18 +489,27 @@ def merge_into(
     to.ends = &out_ends[0] if out_keys.shape[0] else NULL
     to.user_data = &out_data[0] if out_data.shape[0] else NULL
     to.base = base
+    to.n_left = out_keys.shape[0]
+    to.size_left = out_data.shape[0]
+    cdef bint fits = True
     with nogil:
         for i in range(n):
             if n_old:
                 high = _lower_bound(old_key, low, n_old, keys[i])
-            _copy_range(
+            fits = _copy_range(
                 old_key + low, old_value + low, &old_offsets[low], old_bytes,
                 high - low, &to
             )
             low = high + (high < n_old and old_key[high] == keys[i])
-            if values[i]:
-                _copy_range(&keys[i], &values[i], &offsets[i], new_bytes, 1, &to)
-        _copy_range(
+            if fits and values[i]:
+                fits = _copy_range(
+                    &keys[i], &values[i], &offsets[i], new_bytes, 1, &to
+                )
+            if not fits:
+                break
+        fits = fits and _copy_range(
             old_key + low, old_value + low, &old_offsets[low], old_bytes,
             n_old - low, &to
         )
+    if not fits or to.n_left or to.size_left:
+        raise ValueError("columns do not match: not of the sizes that merge_size tells")

@@ -3,7 +3,7 @@
 A commit that meets a compaction waits for two things: the device, when a piece of the
 snapshot is on its way, and a processor, when packing has taken all of them. Smaller
 pieces and lower priorities make each wait shorter, but every commit waits; so the
-compaction works in one thread instead, and rests for a multiple of the time it worked.
+compaction leaves processors free, and rests for a multiple of the time it worked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["Pace"]
 
 #: Seconds of rest for each second of work: p99 of commits then stays within about
 #: twice that of an idle store (docs/performance.md).
-_REST_RATIO = 4.0
+_REST_RATIO = 6.0
 #: A longer rest would make nothing better.
 _REST_SECONDS_MAX = 0.05
 #: Commits come if one came so many seconds ago.
@@ -44,7 +44,7 @@ class Pace:
         self._n_writes = n_writes
         self._backlog = backlog
         self._hurried = threading.Event()
-        #: Whether one thread should do the work of all.
+        #: Whether half of the threads should do the work of all.
         self.is_gentle = False
         self.begin()
 
@@ -61,7 +61,7 @@ class Pace:
 
     def at_once(self, threads: int) -> int:
         """Return how many jobs may be under way if there are so many threads."""
-        return 1 if self.is_gentle else 2 * threads
+        return max(1, threads // 2) if self.is_gentle else 2 * threads
 
     def rest(self) -> None:
         """Rest from the work since the last rest, if commits come."""

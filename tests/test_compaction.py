@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 
 import numpy as np
 import pytest
@@ -139,3 +140,27 @@ def test_a_failed_sync_on_the_way_ends_the_compaction(tmp_path, monkeypatch, thr
     assert recovered.report.snapshot is None
     store.compact()
     store.shutdown()
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="no scheduling policies")
+def test_its_threads_interrupt_no_other(tmp_path, monkeypatch):
+    """Those that pack too: they are started by the compactor's, which sets its kind.
+
+    A packer that woke once took the processor from the commit that ran on it: the p99
+    of commits was 1.75 ms instead of 1.0.
+    """
+    found = set()
+    encode = compaction.encode
+
+    def noting(*args):
+        found.add(os.sched_getscheduler(0))
+        return encode(*args)
+
+    monkeypatch.setattr(compaction, "encode", noting)
+    before = os.sched_getscheduler(0)
+    store = ten_blocks(tmp_path, 2)
+    store.compact()
+    store.shutdown()
+    assert os.sched_getscheduler(0) == before
+    expected = os.SCHED_BATCH if before == os.SCHED_OTHER else before
+    assert found == {expected}

@@ -74,10 +74,10 @@ def test_commits_before_the_compaction_do_not_count(clock, commits, paced):
 
 def test_a_rest_is_a_multiple_of_the_work(clock, commits, paced):
     commits.n_writes += 1
-    assert work(clock, paced, 0.001) == pytest.approx(4 * 0.001)
-    assert paced.at_once(3) == 1
+    assert work(clock, paced, 0.001) == pytest.approx(6 * 0.001)
+    assert [paced.at_once(threads) for threads in (1, 2, 3, 4, 32)] == [1, 1, 1, 2, 16]
     commits.n_writes += 1
-    assert work(clock, paced, 0.002) == pytest.approx(4 * 0.002)
+    assert work(clock, paced, 0.002) == pytest.approx(6 * 0.002)
     commits.n_writes += 1
     assert work(clock, paced, 1.0) == 0.05  # at most
 
@@ -92,7 +92,7 @@ def test_commits_that_came_lately_still_count(clock, commits, paced):
 
 def test_rests_shrink_as_the_backlog_grows(clock, commits, paced):
     """Else commits could outrun a compaction for ever."""
-    for backlog, expected in ((0.5, 0.002), (0.75, 0.001), (1.0, 0.0), (3.0, 0.0)):
+    for backlog, expected in ((0.5, 0.003), (0.75, 0.0015), (1.0, 0.0), (3.0, 0.0)):
         commits.n_writes += 1
         commits.backlog = backlog
         assert work(clock, paced, 0.001) == pytest.approx(expected)
