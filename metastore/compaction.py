@@ -175,7 +175,7 @@ def compact(
     threads : int
         How many threads decode, merge and encode.
     pace : Pace
-        When to rest.
+        When to rest; begun.
 
     Returns
     -------
@@ -185,10 +185,10 @@ def compact(
         Its size in bytes.
     """
     name = FileName("snapshot", logs[-1][0].number)
-    pace.begin()
-    run = _read_run(directory, store_id, logs, sequence, threads)
+    run = _read_run(directory, store_id, logs, sequence, pace.threads(threads))
+    pace.rest()
     reader = _open_snapshot(directory, snapshot) if snapshot else None
-    writer = SnapshotWriter(directory, name, store_id, sequence, threads)
+    writer = SnapshotWriter(directory, name, store_id, sequence, threads, pace)
     try:
         _write_jobs(writer, reader, run, level, threads, pace)
         size = writer.publish()

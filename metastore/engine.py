@@ -270,6 +270,7 @@ class Engine:
         size = self._log.size - FILE_HEADER_SIZE
         if not self._log.is_empty and size > self._room():
             self._rotate()
+            self._compact_if_due()
 
     def _try(self, step: Callable[[], None]) -> None:
         """Run a step that follows a durable group: its failure is the next one's."""
@@ -281,7 +282,7 @@ class Engine:
                 raise
 
     def _rotate(self) -> None:
-        """Seal the active log, open the next one, and see to the compaction."""
+        """Seal the active log and open the next one."""
         old = self._log
         name = FileName("log", old.name.number + 1)
         self._commits.sync_now()
@@ -300,7 +301,6 @@ class Engine:
                 self._set_size_max()
         old.close()
         self._compactor.submit(self._prepare_next)
-        self._compact_if_due()
 
     def _take_prepared(self, name: FileName) -> FileProtocol | None:
         if self._prepared is None:
@@ -324,13 +324,17 @@ class Engine:
 
     def _compact_if_due(self) -> None:
         if self._waiting() > self._limit():
-            self._compactor.submit(self._compact_sealed)
+            self._compactor.submit(self._compact_for_commits)
 
     def _backlog(self) -> float:
         """How long the active log is, as a share of what may delay a compaction."""
         in_hand = sum(log.size for log in self._compacting)
         bound = max(_BACKLOG_SIZE_MIN, self._snapshot_size + in_hand)
         return (self._log.size - FILE_HEADER_SIZE) / bound
+
+    def _compact_for_commits(self) -> None:
+        self._pace.begin(commits_come=True)
+        self._compact_sealed()
 
     def _compact_sealed(self) -> None:
         """Bring every sealed log into a new snapshot; in the background."""
@@ -373,6 +377,7 @@ class Engine:
 
         def work() -> None:
             nonlocal is_done
+            self._pace.begin()
             self._compact_sealed()
             is_done = True
 

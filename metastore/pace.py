@@ -48,20 +48,25 @@ class Pace:
         self.is_gentle = False
         self.begin()
 
-    def begin(self) -> None:
-        """Start at full speed, until a commit comes."""
-        self.is_gentle = False
+    def begin(self, *, commits_come: bool = False) -> None:
+        """Start: gently if it is for a commit, else at full speed until one comes."""
+        now = time.perf_counter()
         self._n_seen = self._n_writes()
-        self._seen_at = -_RECENT_SECONDS
-        self._resumed_at = time.perf_counter()
+        self._seen_at = now if commits_come else -_RECENT_SECONDS
+        self._resumed_at = now
+        self._decide(now)
 
     def hurry(self) -> None:
         """End the rest, and take no other: someone waits for the end."""
         self._hurried.set()
 
+    def threads(self, threads: int) -> int:
+        """Return how many of so many threads may work."""
+        return max(1, threads // 2) if self.is_gentle else threads
+
     def at_once(self, threads: int) -> int:
         """Return how many jobs may be under way if there are so many threads."""
-        return max(1, threads // 2) if self.is_gentle else 2 * threads
+        return self.threads(threads) if self.is_gentle else 2 * threads
 
     def rest(self) -> None:
         """Rest from the work since the last rest, if commits come."""
@@ -70,8 +75,13 @@ class Pace:
         n_writes = self._n_writes()
         if n_writes != self._n_seen:
             self._n_seen, self._seen_at = n_writes, now
-        share = 1 - self._backlog() if now - self._seen_at < _RECENT_SECONDS else 0
-        self.is_gentle = share > 0 and not self._hurried.is_set()
+        share = self._decide(now)
         if self.is_gentle:
             self._hurried.wait(min(worked * _REST_RATIO * share, _REST_SECONDS_MAX))
         self._resumed_at = time.perf_counter()
+
+    def _decide(self, now: float) -> float:
+        """See whether to be gentle; return the share of a whole rest to take."""
+        share = 1 - self._backlog() if now - self._seen_at < _RECENT_SECONDS else 0.0
+        self.is_gentle = share > 0 and not self._hurried.is_set()
+        return share

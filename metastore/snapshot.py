@@ -47,8 +47,9 @@ __all__ = ["SnapshotReader", "SnapshotWriter", "split_into_blocks"]
 _SCAN_BLOCKS = 16
 #: Bytes that a writer collects before it calls the operating system.
 _WRITE_SIZE = 1 << 20
-#: Bytes between two syncs: all in one at the end would hold up those of the log.
-_SYNC_SIZE = 4 << 20
+#: Bytes between two syncs: all in one at the end would hold up those of the log. A
+#: sync costs the same whatever its size, so there are fewer while nobody waits.
+_SYNC_SIZE, _SYNC_SIZE_GENTLE = 4 << 20, 2 << 20
 
 
 class SnapshotReader:
@@ -284,6 +285,8 @@ class SnapshotWriter:
         The last sequence that it will contain.
     threads : int
         If there may be more than one, another syncs while this one goes on writing.
+    pace : Pace, optional
+        Of the compaction: while it is gentle, less is written between two syncs.
     """
 
     def __init__(
@@ -293,10 +296,12 @@ class SnapshotWriter:
         store_id: bytes,
         sequence: int,
         threads: int = 1,
+        pace: Pace | None = None,
     ) -> None:
         self._directory = directory
         self._name = name
         self._sequence = sequence
+        self._pace = pace or Pace()
         self._seed = snapshot_seed(store_id)
         self._rows: list[npt.NDArray[np.void]] = []
         self._pending: list[bytes | bytearray | memoryview] = []
@@ -325,7 +330,8 @@ class SnapshotWriter:
             self._file.write(self._pending, self._written)
             self._written += self._pending_size
             self._pending, self._pending_size = [], 0
-        if self._written - self._synced >= _SYNC_SIZE:
+        sync_size = _SYNC_SIZE_GENTLE if self._pace.is_gentle else _SYNC_SIZE
+        if self._written - self._synced >= sync_size:
             self._synced = self._written
             self._sync_so_far()
 

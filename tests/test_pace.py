@@ -1,11 +1,12 @@
 """Pace: when a compaction rests, and for how long."""
 
+import dataclasses
 import threading
 from unittest import mock
 
 import pytest
 
-from metastore import pace
+from metastore import MetadataStore, pace
 from metastore.pace import Pace
 
 
@@ -70,6 +71,41 @@ def test_commits_before_the_compaction_do_not_count(clock, commits, paced):
     paced.begin()
     assert work(clock, paced, 0.001) == 0
     assert paced.at_once(3) == 6
+
+
+def test_a_compaction_that_a_commit_asked_for_begins_gently(clock, commits, paced):
+    """Its logs were read and sorted by all threads; most slow commits met that."""
+    assert [paced.threads(threads) for threads in (1, 2, 5)] == [1, 2, 5]
+    paced.begin(commits_come=True)
+    assert [paced.threads(threads) for threads in (1, 2, 5)] == [1, 1, 2]
+    assert paced.at_once(2) == 1
+    assert work(clock, paced, 0.001) == pytest.approx(6 * 0.001)
+    assert work(clock, paced, 0.3) == 0
+    commits.backlog = 1.0
+    paced.begin(commits_come=True)
+    assert paced.threads(2) == 2
+
+
+def test_who_asks_for_a_compaction_gets_it_at_full_speed(tmp_path):
+    begun = []
+    begin = Pace.begin
+
+    def noting(self, **options):
+        begun.append(options)
+        begin(self, **options)
+
+    store, _ = MetadataStore.recover(tmp_path, log_size_bytes_min=10_000)
+    with mock.patch.object(Pace, "begin", noting):
+        store.insert_batch([(1, (1, bytes(9_000)))], sync=False)
+        store._engine._options = dataclasses.replace(
+            store._engine._options, log_size_bytes_min=1_000
+        )
+        store.compact()  # though it would be due by now
+        assert begun == [{}]
+        store.insert_batch([(1, (1, bytes(20_000)))])
+        store._engine._compactor.wait_idle()
+    store.shutdown()
+    assert begun == [{}, {"commits_come": True}]
 
 
 def test_a_rest_is_a_multiple_of_the_work(clock, commits, paced):
