@@ -68,7 +68,7 @@ def _load_times(rows: Rows, path: pathlib.Path, *, cold: bool) -> bool:
         axes.plot(*zip(*points, strict=True), style, color=colour, label=name)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside lower center", ncols=3)
     _save(figure, path)
     return True
 
