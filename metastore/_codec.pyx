@@ -331,10 +331,11 @@ def encode_plain(
     _check_columns(n, values.shape[0], offsets.shape[0])
     if <uint64_t>n >= LENGTH_LIMIT:
         raise OverflowError(f"a frame of {n} records; the limit is 2**32 - 1")
-    cdef uint64_t first = offsets[0]
-    cdef uint64_t total = offsets[n] - first
-    if offsets[n] < first or offsets[n] > <uint64_t>user_data.shape[0]:
+    # Each is read once: what is checked is then what bounds the copy, whoever writes.
+    cdef uint64_t first = offsets[0], last = offsets[n]
+    if last < first or last > <uint64_t>user_data.shape[0]:
         raise ValueError("offsets go beyond the user data")
+    cdef uint64_t total = last - first
     cdef Py_ssize_t payload_size = 20 * n + total
     cdef bytearray frame = PyByteArray_FromStringAndSize(
         NULL, _padded(HEADER + payload_size)
