@@ -140,10 +140,10 @@ def _say_plan(arguments: argparse.Namespace, missing: list[str]) -> None:
         print(f"not installed, left out: {', '.join(missing)}", file=sys.stderr)
     if arguments.ancestor is None:
         print("no --ancestor: its columns stay empty", file=sys.stderr)
-    load = machine.load_average()
-    if load > 0.5:
+    busy = machine.busy_processors()
+    if busy > report.QUIET:
         print(
-            f"the machine is busy (load {load:.1f}): these figures will be rough",
+            f"others keep {busy:.1f} processors busy: these figures will be rough",
             file=sys.stderr,
         )
 
@@ -172,10 +172,10 @@ def _measure(arguments: argparse.Namespace, figures: report.Figures) -> bool:
         )
         figures.begin(machine.describe(directory, peers), missing)
         for case in cases:
-            load = machine.load_average()
+            busy = machine.busy_processors()
             result = {
                 **_run_case(case, settings),
-                "load_before": load,
+                "busy_before": busy,
                 "scale": settings.scale,
                 "repeat": settings.repeat,
             }

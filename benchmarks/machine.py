@@ -8,12 +8,13 @@ import os
 import platform
 import sys
 import tempfile
+import time
 from typing import Any
 
 from benchmarks.measure import BenchmarkError
 from benchmarks.peers import Peer
 
-__all__ = ["check_directory", "describe", "file_system", "load_average"]
+__all__ = ["busy_processors", "check_directory", "describe", "file_system"]
 
 _PACKAGES = ("metastore", "numpy", "zstandard", "crc32c")
 
@@ -44,9 +45,34 @@ def file_system(path: str) -> str:
     return "unknown"
 
 
-def load_average() -> float:
-    """Return how many threads wanted to run during the last minute."""
-    return os.getloadavg()[0]
+#: Long enough to see work that comes and goes, short beside any case.
+_BUSY_SECONDS = 2.0
+
+
+def _busy_seconds() -> float | None:
+    """Return how long the processors have worked since the system's start."""
+    try:
+        with open("/proc/stat", encoding="ascii") as lines:
+            user, nice, system, _, _, irq, soft, stolen = (
+                int(ticks) for ticks in next(lines).split()[1:9]
+            )
+    except (OSError, ValueError):
+        return None
+    return (user + nice + system + irq + soft + stolen) / os.sysconf("SC_CLK_TCK")
+
+
+def busy_processors() -> float:
+    """Watch, doing nothing, how many processors others keep busy.
+
+    The load average would not do: it is of the last minutes, and so counts the case
+    that has just ended.
+    """
+    before = _busy_seconds()
+    time.sleep(_BUSY_SECONDS)
+    after = _busy_seconds()
+    if before is None or after is None:  # a system without /proc/stat
+        return os.getloadavg()[0]
+    return (after - before) / _BUSY_SECONDS
 
 
 def check_directory(path: str, needed_size: int) -> None:

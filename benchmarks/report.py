@@ -10,14 +10,14 @@ from typing import Any
 from benchmarks.measure import BenchmarkError
 from benchmarks.results import OURS, figure
 
-__all__ = ["Figures", "as_text", "write"]
+__all__ = ["QUIET", "Figures", "as_text", "write"]
 
 _DOCUMENT = pathlib.Path("docs/performance.md")
 _PICTURES = pathlib.Path("docs/pictures")
 _BEGIN = "<!-- benchmarks: begin (written by `python -m benchmarks --report`) -->"
-#: What a run of the benchmarks itself leaves behind may be as much.
-_QUIET_LOAD = 1.5
 _END = "<!-- benchmarks: end -->"
+#: So many processors may others keep busy before a case without spoiling its figures.
+QUIET = 0.2
 
 
 class Figures:
@@ -152,7 +152,7 @@ def _titles(rows: list[dict[str, Any]]) -> str:
 def _caution(content: dict[str, Any]) -> list[str]:
     """Return a warning for readers if the figures are not what they could be."""
     cases = content["cases"].values()
-    if max(case["load_before"] for case in cases) <= _QUIET_LOAD and all(
+    if max(case["busy_before"] for case in cases) <= QUIET and all(
         case["scale"] == 1 for case in cases
     ):
         return []
@@ -177,8 +177,9 @@ def _machine(content: dict[str, Any]) -> str:
             f"{machine['file_system']}. Versions: {versions}.",
             f"Peers: {peers}.",
             f"Rounds: {', '.join(map(str, repeats))}; scale: "
-            f"{', '.join(f'{scale:g}' for scale in scales)}; load of the machine "
-            f"before a case: at most {max(case['load_before'] for case in cases):.1f}.",
+            f"{', '.join(f'{scale:g}' for scale in scales)}; processors that "
+            f"others kept busy before a case: at most "
+            f"{max(case['busy_before'] for case in cases):.2f}.",
         ]
     )
 
