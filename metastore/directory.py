@@ -14,7 +14,7 @@ import mmap
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from metastore.errors import StoreLockedError
@@ -30,9 +30,11 @@ __all__ = [
     "FileName",
     "FileProtocol",
     "Listing",
+    "ReadAhead",
     "parse_listing",
     "publish",
     "release_pages",
+    "scattered_reads",
 ]
 
 Buffer = bytes | bytearray | memoryview
@@ -52,6 +54,12 @@ _NETWORK = re.compile(
 )
 #: Linux takes at most 1,024 buffers in one call.
 _BUFFERS_MAX = 1024
+#: So far ahead is read; and so much is asked for at a time, since Linux takes no more
+#: than the device's own read-ahead, which is this by default. One byte in the cache
+#: tells of what follows it: to ask for what is there takes 3% of a warm recovery.
+_FETCH_AHEAD = 16 << 20
+_FETCH_SIZE = 128 << 10
+_PROBE_SIZE = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -159,6 +167,10 @@ class FileProtocol(Protocol):
 
     def drop_cache(self) -> None:
         """Ask that later reads come from the medium, where the system can."""
+        ...
+
+    def fetch(self, offset: int, size: int) -> None:
+        """Ask that a part be read into the page cache, where the system can."""
         ...
 
     def close(self) -> None:
@@ -284,6 +296,28 @@ class File:
         """Ask that later reads come from the medium, where the system can."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def fetch(self, offset: int, size: int) -> None:
+        """Ask that a part be read into the page cache, where the system can."""
+        if not hasattr(os, "posix_fadvise") or self._descriptor < 0:
+            return
+        end = offset + size
+        for start in range(offset, end, _PROBE_SIZE):
+            if self._is_cached(start):
+                continue
+            for at in range(start, min(start + _PROBE_SIZE, end), _FETCH_SIZE):
+                part = min(_FETCH_SIZE, end - at)
+                os.posix_fadvise(self._descriptor, at, part, os.POSIX_FADV_WILLNEED)
+
+    def _is_cached(self, offset: int) -> bool:
+        """Return whether a byte is known to be in the page cache."""
+        if not hasattr(os, "RWF_NOWAIT"):
+            return False
+        try:
+            byte = bytearray(1)
+            return os.preadv(self._descriptor, [byte], offset, os.RWF_NOWAIT) == 1
+        except OSError:  # it would have to wait, or the file system cannot tell
+            return False
 
     def close(self) -> None:
         """Give the descriptor back; idempotent. Maps stay valid."""
@@ -435,6 +469,47 @@ def release_pages(view: memoryview, start: int, stop: int) -> None:
         size = stop // mmap.PAGESIZE * mmap.PAGESIZE - start
         if size > 0:
             view.obj.madvise(mmap.MADV_DONTNEED, start, size)
+
+
+@contextlib.contextmanager
+def scattered_reads(view: memoryview) -> Iterator[None]:
+    """Have the system read no more of a map than is touched, meanwhile."""
+    if not isinstance(view.obj, mmap.mmap):
+        yield
+        return
+    view.obj.madvise(mmap.MADV_RANDOM)
+    try:
+        yield
+    finally:
+        view.obj.madvise(mmap.MADV_NORMAL)
+
+
+class ReadAhead:
+    """Has what follows in a mapped file read while what precedes is worked on.
+
+    Left to itself the system reads of a map only where a thread already waits, and by
+    default little around it. Files that are read by calls need none. Not thread-safe.
+
+    Parameters
+    ----------
+    file : FileProtocol
+        The file; once it is closed, nothing is read ahead.
+    size : int
+        Where to end.
+    """
+
+    def __init__(self, file: FileProtocol, size: int) -> None:
+        self._file = file
+        self._size = size
+        self._fetched = 0
+
+    def advance(self, offset: int) -> None:
+        """Ask for what begins at `offset` or not far behind it."""
+        stop = min(offset + _FETCH_AHEAD, self._size)
+        start = max(offset, self._fetched)
+        if start < stop:
+            self._file.fetch(start, stop - start)
+            self._fetched = stop
 
 
 def publish(directory: DirectoryProtocol, name: FileName) -> None:

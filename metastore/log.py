@@ -15,6 +15,7 @@ from metastore.directory import (
     DirectoryProtocol,
     FileName,
     FileProtocol,
+    ReadAhead,
     publish,
     release_pages,
 )
@@ -265,10 +266,12 @@ class _Source:
         self.size = file.size()
         self._file = file
         self._view = file.view() if mapped else None
+        self._ahead = ReadAhead(file, self.size)
 
     def read(self, offset: int, size: int) -> memoryview:
         size = min(size, self.size - offset)
         if self._view is not None:
+            self._ahead.advance(offset)
             return self._view[offset : offset + size]
         data = memoryview(self._file.read(offset, size))
         if len(data) < size:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -17,8 +17,10 @@ from metastore.directory import (
     DirectoryProtocol,
     FileName,
     FileProtocol,
+    ReadAhead,
     publish,
     release_pages,
+    scattered_reads,
 )
 from metastore.errors import CorruptionError
 from metastore.format import (
@@ -60,7 +62,7 @@ class SnapshotReader:
     Parameters
     ----------
     file : FileProtocol
-        The snapshot; it may be closed afterwards.
+        The snapshot; once it is closed, nothing of it is read ahead.
     header : FileHeader
         Its header, already checked.
 
@@ -76,9 +78,15 @@ class SnapshotReader:
         self.view = file.view()
         self.size = len(self.view)
         self._seed = snapshot_seed(header.store_id)
+        self._file = file
+        with scattered_reads(self.view):
+            self._read_structure()
+
+    def _read_structure(self) -> None:
         trailer_at = max(self.size - TRAILER_SIZE, 0)
         trailer = bytes(self.view[trailer_at:])
         self.end_offset, _ = unpack_trailer(trailer, self._seed, self.path, trailer_at)
+        self._file.fetch(self.end_offset, trailer_at - self.end_offset)
         self.index, self.n_records, self.user_data_size = self._read_index(trailer_at)
         self._table = self._scan_blocks()
 
@@ -110,8 +118,12 @@ class SnapshotReader:
         table = new_table(n_blocks)
         blocks = self.view[: self.end_offset]
         stop = FILE_HEADER_SIZE
+        offsets = self.index["offset"].tolist()
         for row in range(0, n_blocks, _SCAN_BLOCKS):
             part = table[row : row + _SCAN_BLOCKS]
+            for offset in offsets[row : row + _SCAN_BLOCKS]:
+                if offset < self.end_offset:
+                    self._file.fetch(offset, FRAME_HEADER_SIZE)
             start = stop
             n, stop, status = _codec.scan_frames(
                 blocks, start, self._seed, 0, part, True
@@ -217,10 +229,17 @@ class SnapshotReader:
             self._check_block(block, n, status, whole.part(start, stop))
             return self._release(block)
 
-        for size in ordered_map(read, range(self.n_blocks), threads):
+        for size in ordered_map(read, self._blocks_ahead(), threads):
             if on_bytes:
                 on_bytes(size)
         return whole
+
+    def _blocks_ahead(self) -> Iterator[int]:
+        """Yield each block, when those that follow it are on their way."""
+        ahead = ReadAhead(self._file, self.end_offset)
+        for block, offset in enumerate(self.index["offset"].tolist()):
+            ahead.advance(offset)
+            yield block
 
     def check_payloads(self, threads: int = 1, pace: Pace | None = None) -> None:
         """Read every block back and check its checksum, without decoding it."""

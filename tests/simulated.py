@@ -75,6 +75,9 @@ class SimulatedFile:
                 raise fault.error(self.path)
             self._content.drop_cache()
 
+    def fetch(self, offset: int, size: int) -> None:
+        pass  # only a hint: nothing that a crash or a fault could change
+
     def close(self) -> None:
         with self._disk.mutex:
             if self._open:
@@ -198,6 +201,9 @@ class SimulatedDirectory:
             fault = self._announce("move", name)
             self._rename(name, other._folder, new)
             self._finish(fault)
+
+    def fetch(self, offset: int, size: int) -> None:
+        pass  # only a hint: nothing that a crash or a fault could change
 
     def close(self) -> None:
         with self._disk.mutex:
