@@ -16,9 +16,9 @@ __all__ = ["Pace"]
 
 #: Seconds of rest for each second of work: p99 of commits then stays within about
 #: twice that of an idle store (docs/performance.md).
-_REST_RATIO = 6.0
+_REST_RATIO = 12.0
 #: A longer rest would make nothing better.
-_REST_SECONDS_MAX = 0.05
+_REST_SECONDS_MAX = 0.1
 #: Commits come if one came so many seconds ago.
 _RECENT_SECONDS = 0.25
 

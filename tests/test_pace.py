@@ -79,7 +79,7 @@ def test_a_compaction_that_a_commit_asked_for_begins_gently(clock, commits, pace
     paced.begin(commits_come=True)
     assert [paced.threads(threads) for threads in (1, 2, 5)] == [1, 1, 2]
     assert paced.at_once(2) == 1
-    assert work(clock, paced, 0.001) == pytest.approx(6 * 0.001)
+    assert work(clock, paced, 0.001) == pytest.approx(12 * 0.001)
     assert work(clock, paced, 0.3) == 0
     commits.backlog = 1.0
     paced.begin(commits_come=True)
@@ -110,12 +110,12 @@ def test_who_asks_for_a_compaction_gets_it_at_full_speed(tmp_path):
 
 def test_a_rest_is_a_multiple_of_the_work(clock, commits, paced):
     commits.n_writes += 1
-    assert work(clock, paced, 0.001) == pytest.approx(6 * 0.001)
+    assert work(clock, paced, 0.001) == pytest.approx(12 * 0.001)
     assert [paced.at_once(threads) for threads in (1, 2, 3, 4, 32)] == [1, 1, 1, 2, 16]
     commits.n_writes += 1
-    assert work(clock, paced, 0.002) == pytest.approx(6 * 0.002)
+    assert work(clock, paced, 0.002) == pytest.approx(12 * 0.002)
     commits.n_writes += 1
-    assert work(clock, paced, 1.0) == 0.05  # at most
+    assert work(clock, paced, 1.0) == 0.1  # at most
 
 
 def test_commits_that_came_lately_still_count(clock, commits, paced):
@@ -128,7 +128,7 @@ def test_commits_that_came_lately_still_count(clock, commits, paced):
 
 def test_rests_shrink_as_the_backlog_grows(clock, commits, paced):
     """Else commits could outrun a compaction for ever."""
-    for backlog, expected in ((0.5, 0.003), (0.75, 0.0015), (1.0, 0.0), (3.0, 0.0)):
+    for backlog, expected in ((0.5, 0.006), (0.75, 0.003), (1.0, 0.0), (3.0, 0.0)):
         commits.n_writes += 1
         commits.backlog = backlog
         assert work(clock, paced, 0.001) == pytest.approx(expected)
