@@ -187,23 +187,26 @@ def compact(
     name = FileName("snapshot", logs[-1][0].number)
     run = _read_run(directory, store_id, logs, sequence, pace.threads(threads))
     pace.rest()
-    reader = _open_snapshot(directory, snapshot) if snapshot else None
+    reader = _open_snapshot(directory, snapshot, str(snapshot)) if snapshot else None
     writer = SnapshotWriter(directory, name, store_id, sequence, threads, pace)
     try:
         _write_jobs(writer, reader, run, level, threads, pace)
+        writer.finish()
+        # Nothing is removed before what contains it was read back.
+        _open_snapshot(directory, name, name.temporary).check_payloads(threads, pace)
         size = writer.publish()
     finally:
         writer.close()
-    # Nothing is removed before what contains it was read back.
-    _open_snapshot(directory, name).check_payloads(threads, pace)
     for old in [*(log for log, _ in logs), *([snapshot] if snapshot else [])]:
         directory.remove(str(old))
     directory.sync()
     return name, size
 
 
-def _open_snapshot(directory: DirectoryProtocol, name: FileName) -> SnapshotReader:
-    file = directory.open(str(name))
+def _open_snapshot(
+    directory: DirectoryProtocol, name: FileName, path: str
+) -> SnapshotReader:
+    file = directory.open(path)
     try:
         return SnapshotReader(file, _header_of(file, name))
     finally:

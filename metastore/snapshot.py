@@ -47,11 +47,14 @@ __all__ = ["SnapshotReader", "SnapshotWriter", "split_into_blocks"]
 
 #: The scan of so many headers is given back at a time: each maps pages around it.
 _SCAN_BLOCKS = 16
+#: So many are checked at a time: one alone takes no longer than to hand it to a thread.
+_CHECK_BLOCKS = 4
 #: Bytes that a writer collects before it calls the operating system.
 _WRITE_SIZE = 1 << 20
-#: Bytes between two syncs: all in one at the end would hold up those of the log. A
-#: sync costs the same whatever its size, so there are fewer while nobody waits.
-_SYNC_SIZE, _SYNC_SIZE_GENTLE = 4 << 20, 2 << 20
+#: Bytes between two syncs: all in one at the end would hold up those of the log, and
+#: leave nothing to do meanwhile. A sync costs the same whatever its size, so there are
+#: fewer while nobody waits.
+_SYNC_SIZE, _SYNC_SIZE_GENTLE = 16 << 20, 2 << 20
 
 
 class SnapshotReader:
@@ -245,20 +248,21 @@ class SnapshotReader:
         """Read every block back and check its checksum, without decoding it."""
         pace = pace or Pace()
 
-        def check(block: int) -> None:
-            if not _codec.check_payload(self.view, self._table[block]):
-                offset, end = self.block_range(block)
-                raise corruption(
-                    self.path,
-                    offset,
-                    _codec.STATUS_BAD_PAYLOAD,
-                    self.view[offset:end],
-                    self._seed,
-                )
-            self._release(block)
+        def check(first: int) -> None:
+            for block in range(first, min(first + _CHECK_BLOCKS, self.n_blocks)):
+                if not _codec.check_payload(self.view, self._table[block]):
+                    offset, end = self.block_range(block)
+                    raise corruption(
+                        self.path,
+                        offset,
+                        _codec.STATUS_BAD_PAYLOAD,
+                        self.view[offset:end],
+                        self._seed,
+                    )
+                self._release(block)
 
-        blocks = range(self.n_blocks)
-        for _ in ordered_map(check, blocks, threads, pace.at_once):
+        firsts = range(0, self.n_blocks, _CHECK_BLOCKS)
+        for _ in ordered_map(check, firsts, threads, pace.at_once):
             pace.rest()
 
 
@@ -351,11 +355,11 @@ class SnapshotWriter:
             self._pending, self._pending_size = [], 0
         sync_size = _SYNC_SIZE_GENTLE if self._pace.is_gentle else _SYNC_SIZE
         if self._written - self._synced >= sync_size:
-            self._synced = self._written
             self._sync_so_far()
 
     def _sync_so_far(self) -> None:
         """Sync what was written, or begin to; raise if the sync before failed."""
+        self._synced = self._written
         if self._pool is None:
             self._file.sync()
             return
@@ -396,8 +400,8 @@ class SnapshotWriter:
             self._write_pending()
             release_pages(reader.view, offset, stop)
 
-    def publish(self) -> int:
-        """Write index and trailer, sync, rename, sync directory; return the size."""
+    def finish(self) -> None:
+        """Write index and trailer; with several threads the last sync only begins."""
         index = (
             np.concatenate(self._rows) if self._rows else np.zeros(0, dtype=INDEX_DTYPE)
         )
@@ -411,9 +415,13 @@ class SnapshotWriter:
         self._put(end)
         self._put(pack_trailer(self._seed, end_offset, len(end)))
         self._write_pending()
+        if self._synced < self._written:
+            self._sync_so_far()
+
+    def publish(self) -> int:
+        """Wait for the last sync, rename, sync the directory; return the size."""
         if self._syncing is not None:
             self._syncing.result()
-        self._file.sync()
         self.close()
         publish(self._directory, self._name)
         return self._written

@@ -13,7 +13,7 @@ from metastore.format import FILE_HEADER_SIZE, FRAME_HEADER_SIZE, FileHeader
 from metastore.snapshot import SnapshotReader
 
 _N_RECORDS = 800_000
-_KIB = 1 << 10
+_KIB, _MIB = 1 << 10, 1 << 20
 
 
 @pytest.fixture(scope="module")
@@ -182,27 +182,37 @@ def test_opening_a_snapshot_reads_headers_only(store_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="needs Linux's page cache")
-def test_what_is_cached_is_not_asked_for_again(store_path, monkeypatch):
-    """One byte in the cache tells of the mebibyte that begins with it."""
+def test_what_was_read_is_known_to_be_cached(store_path):
+    """Without a wait: a byte that would have to be read first is not."""
     file, _ = _open(store_path)
     _drop_cache(file.path)
-    parts = []
+    assert not file._is_cached(_MIB)
+    file.read(_MIB, 1)
+    if not file._is_cached(_MIB):
+        pytest.skip("this file system cannot tell")
+    assert not file._is_cached(file.size())
+    file.close()
+
+
+def test_what_is_cached_is_not_asked_for_again(store_path, monkeypatch):
+    """One byte in the cache tells of the mebibyte that begins with it."""
+    asked_for = []
 
     def posix_fadvise(descriptor, offset, size, advice):
-        parts.append((offset, size, advice))
+        assert advice == os.POSIX_FADV_WILLNEED
+        asked_for.append((offset, offset + size))
 
-    mib = 1 << 20
-    file.read(mib, 1)
+    file, _ = _open(store_path)
     monkeypatch.setattr(os, "posix_fadvise", posix_fadvise)
-    if not file._is_cached(mib):
-        pytest.skip("this file system cannot tell")
-    size = 4 * mib
-    # what was read may have brought in some of what follows it
-    resident = _resident_pages(file.path)
-    file.fetch(0, size)
-    asked_for = {offset // mib for offset, _, _ in parts}
-    expected = {part for part in range(4) if not resident[part * mib // mmap.PAGESIZE]}
-    assert asked_for == expected
-    assert 0 in expected
-    assert 1 not in expected
+    monkeypatch.setattr(file, "_is_cached", lambda offset: offset == _MIB + 5)
+    file.fetch(5, 3 * _MIB + 17)
     file.close()
+    missing = [(5, _MIB + 5), (2 * _MIB + 5, 3 * _MIB + 22)]
+    for start, stop in missing:
+        parts = [part for part in asked_for if start <= part[0] < stop]
+        assert parts[0][0] == start
+        assert [part[1] for part in parts[:-1]] == [part[0] for part in parts[1:]]
+        assert parts[-1][1] == stop
+        assert all(part[1] - part[0] <= 128 * _KIB for part in parts)
+        del asked_for[: len(parts)]
+    assert asked_for == []
