@@ -155,7 +155,7 @@ def compact(
     threads: int,
     pace: Pace,
 ) -> tuple[FileName, int]:
-    """Write, publish and verify a snapshot of `snapshot` and `logs`, then remove those.
+    """Write, check and publish a snapshot of `snapshot` and `logs`, then remove those.
 
     Parameters
     ----------
