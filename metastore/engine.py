@@ -163,6 +163,8 @@ class Engine:
         )
         self._set_size_max()
         self._pace = Pace(lambda: self._commits.n_writes, self._backlog)
+        if options.inline:
+            self._pace.hurry()  # who compacts is who commits: a rest would help nobody
         self._compactor = Compactor(self._fail, options.inline)
         _engines.add(self)
         self._compactor.submit(self._prepare_next)

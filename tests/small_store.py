@@ -10,7 +10,7 @@ from unittest import mock
 
 from disk import SECTOR_SIZE
 from histories import LOG_SIZE_BYTES_MIN, Store
-from metastore import MetadataStore, engine, log, snapshot
+from metastore import MetadataStore, engine, log, pace, snapshot
 from metastore.directory import DirectoryProtocol
 from verbs import State, content
 
@@ -40,5 +40,9 @@ def repeatable() -> Iterator[None]:
         # A snapshot that is synced on the way, too.
         mock.patch.object(snapshot, "_WRITE_SIZE", SECTOR_SIZE // 2),
         mock.patch.object(snapshot, "_SYNC_SIZE", SECTOR_SIZE // 2),
+        mock.patch.object(snapshot, "_SYNC_SIZE_GENTLE", SECTOR_SIZE // 2),
+        # A disk in memory gives way at once: what rests is time in which nothing is
+        # tried.
+        mock.patch.object(pace, "_REST_SECONDS_MAX", 0.0002),
     ):
         yield
