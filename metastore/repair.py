@@ -550,7 +550,6 @@ def _write(new: DirectoryProtocol, columns: Columns, sequence: int) -> None:
     try:
         for part in split_into_blocks(columns):
             writer.encode_and_put(part, _COMPRESSION_LEVEL)
-        writer.finish()
         writer.publish()
     finally:
         writer.close()

@@ -334,6 +334,7 @@ class SnapshotWriter:
         self._file = directory.create(name.temporary)
         self._pool = ThreadPoolExecutor(1, "metastore-sync") if threads > 1 else None
         self._syncing: Future[None] | None = None
+        self._is_finished = False
         header = FileHeader("snapshot", store_id, name.number, sequence, time.time_ns())
         self._put(header.pack())
 
@@ -417,9 +418,12 @@ class SnapshotWriter:
         self._write_pending()
         if self._synced < self._written:
             self._sync_so_far()
+        self._is_finished = True
 
     def publish(self) -> int:
-        """Wait for the last sync, rename, sync the directory; return the size."""
+        """Finish, wait for the last sync, rename, sync the name; return the size."""
+        if not self._is_finished:
+            self.finish()
         if self._syncing is not None:
             self._syncing.result()
         self.close()

@@ -105,7 +105,6 @@ def a_snapshot_replaces_itself_and_is_removed() -> Plant:
                 directory, name, content.plan.store_id, content.sequence
             )
             writer.encode_and_put(content.columns, 1)
-            writer.finish()
             writer.publish()
             directory.remove(str(name))
         return remove_obsolete(directory, content)
