@@ -307,7 +307,8 @@ class File:
                 continue
             for at in range(start, min(start + _PROBE_SIZE, end), _FETCH_SIZE):
                 part = min(_FETCH_SIZE, end - at)
-                os.posix_fadvise(self._descriptor, at, part, os.POSIX_FADV_WILLNEED)
+                with contextlib.suppress(OSError):  # a hint must not fail a recovery
+                    os.posix_fadvise(self._descriptor, at, part, os.POSIX_FADV_WILLNEED)
 
     def _is_cached(self, offset: int) -> bool:
         """Return whether a byte is known to be in the page cache."""

@@ -1,6 +1,7 @@
 """What is not in the page cache is read ahead, and no more of it than is needed."""
 
 import ctypes
+import errno
 import mmap
 import os
 
@@ -216,3 +217,17 @@ def test_what_is_cached_is_not_asked_for_again(store_path, monkeypatch):
         assert all(part[1] - part[0] <= 128 * _KIB for part in parts)
         del asked_for[: len(parts)]
     assert asked_for == []
+
+
+def test_a_refused_hint_is_no_failure(store_path, monkeypatch):
+    """A file system may know nothing of advice; everything is read all the same."""
+
+    def refuse(*_):
+        raise OSError(errno.EINVAL, "planted")
+
+    file, header = _open(store_path)
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    monkeypatch.setattr(os, "preadv", refuse)
+    reader = SnapshotReader(file, header)
+    assert len(reader.read_all()) == reader.n_records
+    file.close()
