@@ -16,6 +16,10 @@ from metastore.snapshot import SnapshotReader
 _N_RECORDS = 800_000
 _KIB, _MIB = 1 << 10, 1 << 20
 
+LINUX = pytest.mark.skipif(
+    not hasattr(os, "RWF_NOWAIT"), reason="needs Linux's page cache"
+)
+
 
 @pytest.fixture(scope="module")
 def store_path(tmp_path_factory):
@@ -166,7 +170,7 @@ def _drop_cache(path):
         pytest.skip("this file system keeps files in memory")
 
 
-@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="needs Linux's page cache")
+@LINUX
 def test_opening_a_snapshot_reads_headers_only(store_path):
     """The check of the headers once read the whole file, and waited for it.
 
@@ -186,7 +190,7 @@ def test_opening_a_snapshot_reads_headers_only(store_path):
     file.close()
 
 
-@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="needs Linux's page cache")
+@LINUX
 def test_what_was_read_is_known_to_be_cached(store_path):
     """Without a wait: a byte that would have to be read first is not."""
     file, _ = _open(store_path)
@@ -199,6 +203,7 @@ def test_what_was_read_is_known_to_be_cached(store_path):
     file.close()
 
 
+@LINUX
 def test_what_is_cached_is_not_asked_for_again(store_path, monkeypatch):
     """One byte in the cache tells of the mebibyte that begins with it."""
     asked_for = []
@@ -223,6 +228,7 @@ def test_what_is_cached_is_not_asked_for_again(store_path, monkeypatch):
     assert asked_for == []
 
 
+@LINUX
 def test_a_refused_hint_is_no_failure(store_path, monkeypatch):
     """A file system may know nothing of advice; everything is read all the same."""
 
