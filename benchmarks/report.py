@@ -36,9 +36,14 @@ class Figures:
             try:
                 with open(path, encoding="utf-8") as file:
                     self.content = json.load(file)
-                self.content["cases"], self.content["machine"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise BenchmarkError(f"not a file of figures: {path}") from error
+                self.content["machine"], self.content["missing"]
+                for case in self.content["cases"].values():
+                    case["busy_before"]  # older versions kept the load average
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise BenchmarkError(
+                    f"not a file of figures of this version: {path}. Choose another "
+                    "file with --json"
+                ) from error
 
     def begin(self, machine: dict[str, Any], missing: list[str]) -> None:
         """Note what runs where; figures of another machine do not mix with these."""
