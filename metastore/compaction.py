@@ -185,7 +185,7 @@ def compact(
         Its size in bytes.
     """
     name = FileName("snapshot", logs[-1][0].number)
-    run = _read_run(directory, store_id, logs, sequence, pace.threads(threads))
+    run = _read_run(directory, store_id, logs, sequence, threads, pace)
     pace.rest()
     reader = _open_snapshot(directory, snapshot, str(snapshot)) if snapshot else None
     writer = SnapshotWriter(directory, name, store_id, sequence, threads, pace)
@@ -224,8 +224,10 @@ def _read_run(
     logs: Sequence[tuple[FileName, int]],
     sequence: int,
     threads: int,
+    pace: Pace,
 ) -> Columns:
     """Return the records of all logs, sorted, tombstones included."""
+    threads = pace.threads(threads)
     parts: list[Columns] = []
     bounds = [first for _, first in logs[1:]] + [sequence + 1]
     for (name, first), bound in zip(logs, bounds, strict=True):
@@ -234,7 +236,14 @@ def _read_run(
             header = _header_of(file, name)
             if header.store_id != store_id or header.sequence != first:
                 raise CorruptionError(file.path, 0, "the log was exchanged for another")
-            content = read_log(file, header, bound=bound, mapped=True, threads=threads)
+            content = read_log(
+                file,
+                header,
+                bound=bound,
+                mapped=True,
+                threads=threads,
+                on_bytes=lambda _: pace.rest(),
+            )
         finally:
             file.close()
         if content.damage is not None:

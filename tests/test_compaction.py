@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metastore import MetadataStore, StoreFailedError, compaction, snapshot
+from metastore import MetadataStore, StoreFailedError, compaction, log, snapshot
 from metastore.compaction import plan_jobs
 from metastore.directory import File
 from metastore.format import INDEX_DTYPE
+from metastore.pace import Pace
 
 TARGET = 8
 
@@ -164,6 +165,30 @@ def test_its_threads_interrupt_no_other(tmp_path, monkeypatch):
     assert os.sched_getscheduler(0) == before
     expected = os.SCHED_BATCH if before == os.SCHED_OTHER else before
     assert found == {expected}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_logs_are_read_gently_too(tmp_path, monkeypatch, threads):
+    """A compaction rests from its first window on, not only between blocks.
+
+    It read its logs in one go: large batches took half as long again meanwhile.
+    """
+    monkeypatch.setattr(log, "_WINDOW_FRAMES", 10)
+    rest = Pace.rest
+    before_snapshot = []
+
+    def noting(pace):
+        names = os.listdir(tmp_path)
+        before_snapshot.append(not any(name.startswith("snapshot_") for name in names))
+        rest(pace)
+
+    monkeypatch.setattr(Pace, "rest", noting)
+    store, _ = MetadataStore.recover(tmp_path, threads=threads)
+    for key in range(100):
+        store.insert_batch([(key, (1, b"data"))], sync=False)
+    store.compact()
+    store.shutdown()
+    assert sum(before_snapshot) >= 10
 
 
 @pytest.mark.parametrize("threads", [1, 2])
