@@ -27,6 +27,7 @@ __all__ = [
     "summary",
     "touch",
     "unchanged",
+    "warm_cache",
 ]
 
 _PAGE_SIZE = 4096
@@ -193,6 +194,19 @@ def drop_cache(path: str) -> None:
             os.close(descriptor)
 
 
+def warm_cache(path: str) -> None:
+    """Read the files under `path`, so that the page cache holds them.
+
+    A system may page out what nobody has read for a minute (Linux's DAMON does), and a
+    round of a case takes longer than that.
+    """
+    buffer = bytearray(4 << 20)
+    for name in _files(path):
+        with open(name, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
 def linked(source: str, target: str) -> dict[str, tuple[int, int]]:
     """Make `target` a copy of the directory `source`, by hard links.
 
@@ -206,6 +220,13 @@ def linked(source: str, target: str) -> dict[str, tuple[int, int]]:
         os.link(path, os.path.join(target, name))
         status = os.stat(path)
         marks[path] = (status.st_size, status.st_mtime_ns)
+    # Else a run's first sync would wait for the links, and for whatever the last one
+    # has left in the file system's journal.
+    descriptor = os.open(target, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
     return marks
 
 

@@ -18,6 +18,7 @@ from benchmarks.measure import (
     drop_cache,
     isolated,
     touch,
+    warm_cache,
 )
 from benchmarks.peers import Metastore, Peer
 from benchmarks.results import Row
@@ -73,8 +74,7 @@ def _loading(
     fixture = settings.peer_store(side, n_records)
 
     def run(path: str) -> float:
-        if cold:
-            drop_cache(path)
+        (drop_cache if cold else warm_cache)(path)
         return float(isolated(_load, side, path, n_records, False).result)
 
     if side is Metastore:
@@ -100,8 +100,7 @@ def _columns(settings: Settings, n_records: int, *, cold: bool) -> Callable[[], 
     )
 
     def run() -> float:
-        if cold:
-            drop_cache(fixture)
+        (drop_cache if cold else warm_cache)(fixture)
         return float(isolated(_load_columns, fixture, 40 * n_records).result)
 
     return run

@@ -19,6 +19,7 @@ from benchmarks.measure import (
     drop_cache,
     isolated,
     touch,
+    warm_cache,
 )
 from benchmarks.results import OURS, Row
 from benchmarks.settings import NO_ROTATION, Settings, insert_arrays
@@ -72,25 +73,16 @@ def _verify(settings: Settings, fixture: str, expected: int) -> list[int]:
     return sizes
 
 
-def _ours(settings: Settings, fixture: str, result_size: int) -> Callable[[], float]:
+def _ours(
+    settings: Settings, fixture: str, result_size: int, *, cold: bool = False
+) -> Callable[[], float]:
     touch_size = max(_TOUCH_MIN, _OUR_TOUCH * result_size)
 
     def run(path: str) -> float:
+        (drop_cache if cold else warm_cache)(path)
         return float(isolated(recover_once, path, touch_size, False).result["seconds"])
 
     return lambda: settings.with_copy(fixture, run)
-
-
-def _ours_cold(
-    settings: Settings, fixture: str, result_size: int
-) -> Callable[[], float]:
-    warm = _ours(settings, fixture, result_size)
-
-    def run() -> float:
-        drop_cache(fixture)
-        return warm()
-
-    return run
 
 
 def _ancestors(
@@ -100,6 +92,7 @@ def _ancestors(
     assert ancestor is not None
 
     def run(path: str) -> float:
+        warm_cache(path)
         isolated(touch, max(_TOUCH_MIN, _ANCESTOR_TOUCH * result_size))
         found = ancestor.recover(path)
         if int(found["checksum"], 16) != expected:
@@ -170,7 +163,7 @@ def _from_snapshot(
     cold_samples = alternate(
         settings.repeat,
         {
-            OURS: _ours_cold(settings, fixture, sum(sizes)),
+            OURS: _ours(settings, fixture, sum(sizes), cold=True),
             "reading the files": _read_cold(fixture),
         },
     )
