@@ -55,8 +55,9 @@ _NETWORK = re.compile(
 #: Linux takes at most 1,024 buffers in one call.
 _BUFFERS_MAX = 1024
 #: So far ahead is read; and so much is asked for at a time, since Linux takes no more
-#: than the device's own read-ahead, which is this by default. One byte in the cache
-#: tells of what follows it: to ask for what is there takes 3% of a warm recovery.
+#: than the device's own read-ahead, which is this by default. Two bytes in the cache
+#: tell of what is between them (not one: headers are read before all else): to ask for
+#: what is there takes 3% of a warm recovery.
 _FETCH_AHEAD = 16 << 20
 _FETCH_SIZE = 128 << 10
 _PROBE_SIZE = 1 << 20
@@ -303,10 +304,11 @@ class File:
             return
         end = offset + size
         for start in range(offset, end, _PROBE_SIZE):
-            if self._is_cached(start):
+            stop = min(start + _PROBE_SIZE, end)
+            if self._is_cached(start) and self._is_cached(stop - 1):
                 continue
-            for at in range(start, min(start + _PROBE_SIZE, end), _FETCH_SIZE):
-                part = min(_FETCH_SIZE, end - at)
+            for at in range(start, stop, _FETCH_SIZE):
+                part = min(_FETCH_SIZE, stop - at)
                 with contextlib.suppress(OSError):  # a hint must not fail a recovery
                     os.posix_fadvise(self._descriptor, at, part, os.POSIX_FADV_WILLNEED)
 
