@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.data import Arrays
-from benchmarks.measure import touch
+from benchmarks.measure import touch, warm_cache
 
 __all__ = [
     "copy_arrays",
@@ -118,12 +118,8 @@ def load_columns(path: str) -> float:
 
 def read_cold(path: str) -> float:
     """Return the seconds to read the files in `path` once, from start to end."""
-    buffer = bytearray(4 * _CHUNK_SIZE)
     started = time.perf_counter()
-    for name in sorted(os.listdir(path)):
-        with open(os.path.join(path, name), "rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
+    warm_cache(path)
     return time.perf_counter() - started
 
 
