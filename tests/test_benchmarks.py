@@ -112,7 +112,13 @@ def test_arguments_that_mean_nothing_are_refused(folder, capsys, more, what):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{", '{"machine": {}}', '{"machine": {}, "cases": {"R1": {}}}'],
+    [
+        "",
+        "[]",
+        "{",
+        '{"machine": {}, "missing": []}',
+        '{"machine": {}, "missing": [], "cases": {"R1": {"load_before": 0.1}}}',
+    ],
     ids=["empty", "list", "cut", "no cases", "older version"],
 )
 def test_a_file_that_holds_no_figures_is_refused(folder, capsys, content):

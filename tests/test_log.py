@@ -111,3 +111,12 @@ def test_only_an_end_frame_of_its_own_seals_a_log(tmp_path):
         damaged = bytearray(sealed)
         damaged[offset] ^= 1
         assert is_sealed(bytes(damaged)) == (offset < end)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 8192, 12_289])
+def test_zeros_at_the_end_are_found_whatever_the_size(size):
+    """They are skipped in pieces, which must make no difference."""
+    for n_zeros in (0, 1, 4095, 4096, 4097, 8191, 8192, 20_000):
+        for data in (bytes(size), b"\0" * (size - 1) + b"x" if size else b""):
+            whole = data + bytes(n_zeros)
+            assert log._size_without_zeros(whole) == len(whole.rstrip(b"\0"))

@@ -209,7 +209,7 @@ def test_what_is_cached_is_not_asked_for_again(store_path, monkeypatch):
 
     One end told once: then a file's header, which is read before, hid its first
     mebibyte, and the first block waited behind 16 MiB that were asked for after it
-    (25 of 70 ms for 1M records).
+    (23 of 47 ms for 1M records).
     """
     asked_for = []
 
