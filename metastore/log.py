@@ -28,6 +28,7 @@ from metastore.format import (
     LAYOUT_PLAIN,
     FileHeader,
     log_seed,
+    size_without_zeros,
 )
 from metastore.frames import Table, corruption, decode_into, new_table
 from metastore.parallel import ordered_map
@@ -50,9 +51,6 @@ _RECORD_SIZE = 24
 
 #: A log begins with so many zeros (``_commit`` says why); its header is among them.
 _AHEAD_SIZE_MIN = 64 << 10
-
-#: Zeros are looked for in pieces of this: by one byte at a time a tail takes 4 ms.
-_ZEROS = bytes(4096)
 
 #: Bad frames that a torn write can leave; any other is damage or forgery.
 _TORN_STATUSES = frozenset(
@@ -298,7 +296,7 @@ def ends_sealed(file: FileProtocol, header: FileHeader) -> bool:
     size = file.size()
     start = max(FILE_HEADER_SIZE, size // 8 * 8 - _TAIL_SIZE_MAX)
     data = bytes(file.read(start, size - start))
-    used = _size_without_zeros(data)
+    used = size_without_zeros(data)
     seed = log_seed(header.store_id, header.number)
     # The frame's last bytes may be zeros, too.
     for at in range(max(used - FRAME_HEADER_SIZE, 0) // 8 * 8, used, 8):
@@ -481,19 +479,10 @@ def _windows(source: _Source, offset: int) -> Iterator[tuple[int, memoryview]]:
 def _last_nonzero(source: _Source, start: int) -> int:
     last = -1
     for offset, data in _windows(source, start):
-        size = _size_without_zeros(bytes(data))
+        size = size_without_zeros(bytes(data))
         if size:
             last = offset + size - 1
     return last
-
-
-def _size_without_zeros(data: bytes) -> int:
-    """Return how long `data` is without the zeros at its end."""
-    size = len(data)
-    while data.endswith(_ZEROS, 0, size):
-        size -= len(_ZEROS)
-    start = max(0, size - len(_ZEROS))
-    return start + len(data[start:size].rstrip(b"\0"))
 
 
 def _find_durable(source: _Source, start: int, seed: int, sequence: int) -> int:

@@ -27,6 +27,7 @@ from metastore.format import (
     FRAME_HEADER_SIZE,
     FileHeader,
     log_seed,
+    size_without_zeros,
     snapshot_seed,
 )
 from metastore.frames import new_table
@@ -253,9 +254,9 @@ def _last_nonzero(file: FileProtocol) -> int:
     end = file.size()
     while end > 0:
         start = max(0, end - _TAIL_WINDOW_SIZE)
-        stripped = bytes(file.read(start, end - start)).rstrip(b"\0")
-        if stripped:
-            return start + len(stripped) - 1
+        size = size_without_zeros(bytes(file.read(start, end - start)))
+        if size:
+            return start + size - 1
         end = start
     return -1
 

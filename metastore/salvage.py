@@ -35,6 +35,7 @@ from metastore.format import (
     STORE_ID_SIZE,
     TRAILER_SIZE,
     FileHeader,
+    size_without_zeros,
     snapshot_seed,
     unpack_trailer,
 )
@@ -291,9 +292,9 @@ class _Frames:
         end = self.size
         while end > start:
             low = max(start, end - _WINDOW_SIZE)
-            stripped = bytes(self.view[low:end]).rstrip(b"\0")
-            if stripped:
-                return low + len(stripped) - 1
+            size = size_without_zeros(bytes(self.view[low:end]))
+            if size:
+                return low + size - 1
             end = low
         return -1
 

@@ -8,7 +8,7 @@ import pytest
 from disk import Disk, Operation
 from metastore import MetadataStore, log
 from metastore.directory import Directory
-from metastore.format import FileHeader
+from metastore.format import FileHeader, size_without_zeros
 from simulated import SimulatedDirectory
 
 CALLS = ("sync", "drop_cache")
@@ -119,4 +119,4 @@ def test_zeros_at_the_end_are_found_whatever_the_size(size):
     for n_zeros in (0, 1, 4095, 4096, 4097, 8191, 8192, 20_000):
         for data in (bytes(size), b"\0" * (size - 1) + b"x" if size else b""):
             whole = data + bytes(n_zeros)
-            assert log._size_without_zeros(whole) == len(whole.rstrip(b"\0"))
+            assert size_without_zeros(whole) == len(whole.rstrip(b"\0"))
