@@ -22,6 +22,7 @@ __all__ = [
     "drop_cache",
     "isolated",
     "linked",
+    "prepare_cache",
     "quantiles",
     "reset_peak",
     "summary",
@@ -143,12 +144,14 @@ def alternate(
     """Run every side once a round, forwards and backwards by turns.
 
     A side that returns None has no figure. The n-th sample of each side is of the n-th
-    round, so that ratios can be taken within rounds.
+    round, so that ratios can be taken within rounds. What one side left to be written
+    out is on the disk before the next begins: none waits for another's work.
     """
     samples: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(n_rounds):
         names = list(sides)
         for name in names if number % 2 == 0 else reversed(names):
+            os.sync()
             sample = sides[name]()
             if sample is not None:
                 samples[name].append(sample)
@@ -205,6 +208,11 @@ def warm_cache(path: str) -> None:
         with open(name, "rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
+
+
+def prepare_cache(path: str, *, cold: bool) -> None:
+    """Have the page cache hold none of the files under `path`, or all of them."""
+    (drop_cache if cold else warm_cache)(path)
 
 
 def linked(source: str, target: str) -> dict[str, tuple[int, int]]:

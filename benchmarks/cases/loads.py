@@ -15,10 +15,9 @@ from benchmarks.measure import (
     Run,
     alternate,
     directory_size,
-    drop_cache,
     isolated,
+    prepare_cache,
     touch,
-    warm_cache,
 )
 from benchmarks.peers import Metastore, Peer
 from benchmarks.results import Row
@@ -74,7 +73,7 @@ def _loading(
     fixture = settings.peer_store(side, n_records)
 
     def run(path: str) -> float:
-        (drop_cache if cold else warm_cache)(path)
+        prepare_cache(path, cold=cold)
         return float(isolated(_load, side, path, n_records, False).result)
 
     if side is Metastore:
@@ -100,7 +99,7 @@ def _columns(settings: Settings, n_records: int, *, cold: bool) -> Callable[[], 
     )
 
     def run() -> float:
-        (drop_cache if cold else warm_cache)(fixture)
+        prepare_cache(fixture, cold=cold)
         return float(isolated(_load_columns, fixture, 40 * n_records).result)
 
     return run

@@ -18,6 +18,7 @@ from benchmarks.measure import (
     alternate,
     drop_cache,
     isolated,
+    prepare_cache,
     touch,
     warm_cache,
 )
@@ -79,7 +80,7 @@ def _ours(
     touch_size = max(_TOUCH_MIN, _OUR_TOUCH * result_size)
 
     def run(path: str) -> float:
-        (drop_cache if cold else warm_cache)(path)
+        prepare_cache(path, cold=cold)
         return float(isolated(recover_once, path, touch_size, False).result["seconds"])
 
     return lambda: settings.with_copy(fixture, run)
