@@ -227,10 +227,11 @@ def _facts(
             )
         facts = dataclasses.replace(facts, last_sequence=header.sequence)
         try:
-            n_records = SnapshotReader(file, header).n_records
+            reader = SnapshotReader(file, header)
+            reader.check_headers()
         except CorruptionError as error:
             return dataclasses.replace(facts, damage=error)
-        return dataclasses.replace(facts, state="published", n_records=n_records)
+        return dataclasses.replace(facts, state="published", n_records=reader.n_records)
 
 
 def _sealed_at(file: FileProtocol, header: FileHeader) -> int | None:

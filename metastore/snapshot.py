@@ -33,6 +33,8 @@ from metastore.format import (
     KIND_BLOCK,
     KIND_END,
     LAYOUT_PLAIN,
+    PACKED_RATIO_MAX,
+    PACKED_SIZE_MAX,
     TRAILER_SIZE,
     FileHeader,
     pack_trailer,
@@ -45,8 +47,6 @@ from metastore.parallel import ordered_map
 
 __all__ = ["SnapshotReader", "SnapshotWriter", "split_into_blocks"]
 
-#: The scan of so many headers is given back at a time: each maps pages around it.
-_SCAN_BLOCKS = 16
 #: So many are checked at a time: one alone takes no longer than to hand it to a thread.
 _CHECK_BLOCKS = 4
 #: Bytes that a writer collects before it calls the operating system.
@@ -58,9 +58,9 @@ _SYNC_SIZE, _SYNC_SIZE_GENTLE = 16 << 20, 2 << 20
 
 
 class SnapshotReader:
-    """A mapped snapshot whose headers, index and trailer were checked.
+    """A mapped snapshot whose header, index and trailer were checked.
 
-    Payloads are checked when they are read. Thread-safe.
+    Blocks are checked when they are read. Thread-safe.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ class SnapshotReader:
     Raises
     ------
     CorruptionError
-        If anything but a payload is damaged.
+        If anything but a block is damaged.
     """
 
     def __init__(self, file: FileProtocol, header: FileHeader) -> None:
@@ -91,7 +91,7 @@ class SnapshotReader:
         self.end_offset, _ = unpack_trailer(trailer, self._seed, self.path, trailer_at)
         self._file.fetch(self.end_offset, trailer_at - self.end_offset)
         self.index, self.n_records, self.user_data_size = self._read_index(trailer_at)
-        self._table = self._scan_blocks()
+        self._check_index()
 
     def _read_index(self, trailer_at: int) -> tuple[npt.NDArray[np.void], int, int]:
         end = self.view[self.end_offset : trailer_at]
@@ -115,40 +115,29 @@ class SnapshotReader:
         index = np.frombuffer(payload, INDEX_DTYPE, n_blocks, INDEX_HEAD.size)
         return index, n_records, user_data_size
 
-    def _scan_blocks(self) -> npt.NDArray[np.uint64]:
-        """Check the headers of all blocks, and that the index agrees with them."""
-        n_blocks = len(self.index)
-        table = new_table(n_blocks)
-        blocks = self.view[: self.end_offset]
-        stop = FILE_HEADER_SIZE
-        offsets = self.index["offset"].tolist()
-        for row in range(0, n_blocks, _SCAN_BLOCKS):
-            part = table[row : row + _SCAN_BLOCKS]
-            for offset in offsets[row : row + _SCAN_BLOCKS]:
-                if offset < self.end_offset:
-                    self._file.fetch(offset, FRAME_HEADER_SIZE)
-            start = stop
-            n, stop, status = _codec.scan_frames(
-                blocks, start, self._seed, 0, part, True
+    def _check_index(self) -> None:
+        """Check what the index says of itself; each block is checked when it is read.
+
+        Not here: pages in the cache that lie scattered halve the speed at which the
+        system reads what is between them.
+        """
+        starts = np.append(self.index["offset"], np.uint64(self.end_offset))
+        if starts[0] != FILE_HEADER_SIZE:
+            raise self._error(FILE_HEADER_SIZE, "blocks and index do not meet")
+        wrong = np.flatnonzero(starts[:-1] >= starts[1:])
+        if len(wrong):
+            raise self._error(int(starts[wrong[0]]), "blocks and index do not meet")
+        n_records = self.index["n_records"].astype(np.float64)
+        plain_sizes = 20 * n_records + self.index["user_data_size"]
+        sizes = np.diff(starts)
+        packed_max = np.minimum(PACKED_RATIO_MAX * sizes, PACKED_SIZE_MAX)
+        wrong = np.flatnonzero(plain_sizes > np.maximum(sizes, packed_max))
+        if len(wrong):  # before as much memory is taken
+            raise self._error(
+                int(starts[wrong[0]]),
+                f"the index claims more for block {int(wrong[0])} than it can hold",
             )
-            if n < len(part):
-                raise corruption(self.path, stop, status, blocks[stop:], self._seed)
-            release_pages(blocks, start, stop)
-        if stop != self.end_offset:
-            raise self._error(stop, "blocks and index do not meet")
-        for field, column in (
-            ("offset", _codec.ROW_OFFSET),
-            ("n_records", _codec.ROW_RECORDS),
-            ("user_data_size", _codec.ROW_USER_DATA_SIZE),
-            ("header_checksum", _codec.ROW_CHECKSUM),
-        ):
-            wrong = np.flatnonzero(self.index[field] != table[:, column])
-            if len(wrong):
-                raise self._error(
-                    int(table[wrong[0], _codec.ROW_OFFSET]),
-                    f"the index has another {field} for block {int(wrong[0])}",
-                )
-        wrong = np.flatnonzero(self.index["n_records"] == 0)
+        wrong = np.flatnonzero(n_records == 0)
         if len(wrong):
             offset = int(self.index["offset"][wrong[0]])
             raise self._error(offset, f"block {int(wrong[0])} has no records")
@@ -167,6 +156,36 @@ class SnapshotReader:
         )
         if totals != (self.n_records, self.user_data_size):
             raise self._error(self.end_offset, "the sums of the index do not agree")
+
+    def check_headers(self) -> None:
+        """Check the header of every block, without reading what is between them."""
+        with scattered_reads(self.view):
+            for block, offset in enumerate(self.index["offset"].tolist()):
+                self._file.fetch(offset, FRAME_HEADER_SIZE)
+                self.check_header(block)
+                self._release(block)
+
+    def check_header(self, block: int) -> npt.NDArray[np.uint64]:
+        """Check the header of a block, and that the index agrees; return its row."""
+        start, end = self.block_range(block)
+        table = new_table(1)
+        n, stop, status = _codec.scan_frames(
+            self.view[: self.end_offset], start, self._seed, 0, table, True
+        )
+        if n == 0:
+            raise corruption(self.path, stop, status, self.view[stop:], self._seed)
+        if stop != end:
+            raise self._error(stop, "blocks and index do not meet")
+        for field, column in (
+            ("offset", _codec.ROW_OFFSET),
+            ("n_records", _codec.ROW_RECORDS),
+            ("user_data_size", _codec.ROW_USER_DATA_SIZE),
+            ("header_checksum", _codec.ROW_CHECKSUM),
+        ):
+            if self.index[field][block] != table[0, column]:
+                raise self._error(
+                    start, f"the index has another {field} for block {block}"
+                )
         return table
 
     def _error(self, offset: int, reason: str) -> CorruptionError:
@@ -202,7 +221,7 @@ class SnapshotReader:
 
     def read_block(self, block: int) -> Columns:
         """Decode and check one block."""
-        columns, n, status = decode(self.view, self._table[block : block + 1])
+        columns, n, status = decode(self.view, self.check_header(block))
         self._check_block(block, n, status, columns)
         self._release(block)
         return columns
@@ -225,7 +244,7 @@ class SnapshotReader:
             low, high = data_at[block : block + 2]
             n, status = decode_into(
                 self.view,
-                self._table[block : block + 1],
+                self.check_header(block),
                 whole.target(start, stop, low, high),
                 low,
             )
@@ -250,7 +269,7 @@ class SnapshotReader:
 
         def check(first: int) -> None:
             for block in range(first, min(first + _CHECK_BLOCKS, self.n_blocks)):
-                if not _codec.check_payload(self.view, self._table[block]):
+                if not _codec.check_payload(self.view, self.check_header(block)[0]):
                     offset, end = self.block_range(block)
                     raise corruption(
                         self.path,
@@ -390,6 +409,8 @@ class SnapshotWriter:
 
     def copy_blocks(self, reader: SnapshotReader, start: int, stop: int) -> None:
         """Append blocks of another snapshot of this store, byte for byte."""
+        for block in range(start, stop):
+            reader.check_header(block)
         rows = reader.index[start:stop].copy()
         first, end = reader.block_range(start)[0], reader.block_range(stop - 1)[1]
         # Modulo 2**64: the blocks may move either way.

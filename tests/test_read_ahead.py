@@ -107,6 +107,7 @@ def test_headers_are_asked_for_one_by_one(store_path, asked):
     """The headers of the blocks lie far apart: each is asked for, nothing between."""
     file, header = _open(store_path)
     reader = SnapshotReader(file, header)
+    reader.check_headers()
     file.close()
     offsets = reader.index["offset"].tolist()
     index, *headers = asked
@@ -171,7 +172,23 @@ def _drop_cache(path):
 
 
 @LINUX
-def test_opening_a_snapshot_reads_headers_only(store_path):
+def test_opening_a_snapshot_reads_nothing_of_its_blocks(store_path):
+    """The check of all headers ahead of the blocks once made a cold start slower.
+
+    A page in each block that is in the cache already ends what the system reads in one
+    go: 107 MB took 175 instead of 95 ms, and R1 cold 180 to 200 instead of 150.
+    """
+    file, header = _open(store_path)
+    _drop_cache(file.path)
+    reader = SnapshotReader(file, header)
+    resident = _resident_pages(file.path)
+    first = int(reader.index["offset"][1]) // mmap.PAGESIZE
+    assert not resident[first : reader.end_offset // mmap.PAGESIZE].any()
+    file.close()
+
+
+@LINUX
+def test_a_check_of_headers_reads_headers_only(store_path):
     """The check of the headers once read the whole file, and waited for it.
 
     Each header that was touched in the map brought in what the device reads ahead, up
@@ -181,6 +198,7 @@ def test_opening_a_snapshot_reads_headers_only(store_path):
     file, header = _open(store_path)
     _drop_cache(file.path)
     reader = SnapshotReader(file, header)
+    reader.check_headers()
     resident = _resident_pages(file.path)
     assert resident[reader.index["offset"] // mmap.PAGESIZE].all()
     first = int(reader.index["offset"][1]) // mmap.PAGESIZE

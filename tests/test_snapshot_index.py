@@ -1,0 +1,134 @@
+"""What the index of a snapshot says is believed as far as it was checked."""
+
+import struct
+
+import pytest
+
+from metastore import CorruptionError, MetadataStore
+from metastore.directory import Directory
+from metastore.look import overview
+from tests import oracle
+
+_STORE_ID = bytes(range(16))
+_NUMBER, _SEQUENCE, _USER_DATA = 1, 7, b"user data"
+_OFFSET, _FIRST_KEY, _LAST_KEY, _USER_DATA_SIZE, _N_RECORDS, _CHECKSUM = range(6)
+
+
+def _snapshot(forge):
+    """Return a snapshot of three blocks whose index and sums were given to `forge`."""
+    blocks = [
+        [(10 * block + i, i + 1, _USER_DATA) for i in range(4)] for block in range(3)
+    ]
+    data = oracle.write_snapshot(_STORE_ID, _NUMBER, _SEQUENCE, blocks)
+    whole = oracle.read_snapshot(data, _NUMBER)
+    payload = oracle.pack_index(whole.blocks).data
+    sums = list(oracle.INDEX_HEAD.unpack_from(payload))
+    rows = [
+        list(row)
+        for row in oracle.INDEX_BLOCK.iter_unpack(payload[oracle.INDEX_HEAD.size :])
+    ]
+    forge(rows, sums)
+    payload = oracle.INDEX_HEAD.pack(*sums)
+    payload += b"".join(oracle.INDEX_BLOCK.pack(*row) for row in rows)
+    seed = whole.header.seed
+    index = oracle.Payload(oracle.PLAIN, len(rows), 0, payload)
+    end = oracle.pack_frame(seed, oracle.END, index, sequence=_SEQUENCE)
+    trailer = oracle.pack_trailer(seed, whole.end.offset, len(end))
+    return data[: whole.end.offset] + end + trailer, whole
+
+
+def _set(row, field, value, sum_at=None):
+    def forge(rows, sums):
+        if sum_at is not None:
+            sums[sum_at] = (sums[sum_at] + value - rows[row][field]) % 2**64
+        rows[row][field] = value
+
+    return forge
+
+
+def _sums(rows, sums):
+    sums[0] += 1
+
+
+_SIZE = 20 * 4 + 4 * len(_USER_DATA)
+_FRAME_SIZE = (48 + _SIZE + 7) & ~7
+_STARTS = [64 + _FRAME_SIZE * block for block in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("forge", "offset", "reason"),
+    [
+        (_set(0, _OFFSET, 72), 64, "blocks and index do not meet"),
+        (_set(1, _OFFSET, _STARTS[1] + 8), _STARTS[1], "blocks and index do not meet"),
+        (_set(2, _OFFSET, _STARTS[1]), _STARTS[1], "blocks and index do not meet"),
+        (_set(2, _OFFSET, 2**64 - 8), 2**64 - 8, "blocks and index do not meet"),
+        (_set(1, _N_RECORDS, 5, 0), _STARTS[1], "another n_records for block 1"),
+        (_set(1, _N_RECORDS, 0, 0), _STARTS[1], "block 1 has no records"),
+        (_set(1, _N_RECORDS, 2**32 - 1, 0), _STARTS[1], "claims more for block 1"),
+        (_set(2, _USER_DATA_SIZE, 35, 1), _STARTS[2], "another user_data_size for b"),
+        (_set(2, _USER_DATA_SIZE, 2**63, 1), _STARTS[2], "claims more for block 2"),
+        (_set(1, _CHECKSUM, 1), _STARTS[1], "another header_checksum for block 1"),
+        (_set(1, _FIRST_KEY, 14), _STARTS[1], "block 1 is out of order in the index"),
+        (_set(1, _LAST_KEY, 20), _STARTS[1], "block 1 is out of order in the index"),
+        (_set(1, _FIRST_KEY, 9), _STARTS[1], "the index has other keys for block 1"),
+        (_sums, _STARTS[3], "the sums of the index do not agree"),
+    ],
+    ids=[
+        "starts later",
+        "starts in a block",
+        "starts as another",
+        "starts nowhere",
+        "a record more",
+        "none",
+        "too many records",
+        "a byte less",
+        "too many bytes",
+        "another checksum",
+        "keys reversed",
+        "keys overlap",
+        "another key",
+        "sums",
+    ],
+)
+def test_a_forged_index_is_refused(tmp_path, forge, offset, reason):
+    """Checksums agree, claims do not: the block is named, and nothing is allocated."""
+    data, whole = _snapshot(forge)
+    assert [block.offset for block in whole.blocks] == _STARTS[:3]
+    (tmp_path / f"snapshot_{_NUMBER:016x}").write_bytes(data)
+    with pytest.raises(CorruptionError, match=reason) as caught:
+        MetadataStore.recover(tmp_path)
+    assert caught.value.offset == offset
+
+
+def test_an_honest_index_is_believed(tmp_path):
+    """The same snapshot with nothing forged recovers, and looks published."""
+    data, whole = _snapshot(lambda rows, sums: None)
+    (tmp_path / f"snapshot_{_NUMBER:016x}").write_bytes(data)
+    store, recovered = MetadataStore.recover(tmp_path)
+    store.shutdown()
+    assert list(recovered) == whole.records
+
+
+def look(path):
+    """Return what a look at a store tells of its one file."""
+    (facts,) = overview(Directory.open_existing(str(path))).files
+    return facts
+
+
+def test_the_header_of_a_block_is_looked_at_without_its_payload(tmp_path):
+    """A look at a store tells of a damaged header, though it reads no block."""
+    data, whole = _snapshot(lambda rows, sums: None)
+    at = whole.blocks[1].offset
+    damaged = bytearray(data)
+    struct.pack_into("<I", damaged, at + 24, 5)
+    path = tmp_path / f"snapshot_{_NUMBER:016x}"
+    path.write_bytes(damaged)
+    facts = look(tmp_path)
+    assert facts.state == "damaged"
+    assert facts.damage is not None
+    assert facts.damage.offset == at
+    damaged[at : at + 48] = data[at : at + 48]
+    damaged[at + 48] ^= 1
+    path.write_bytes(damaged)
+    facts = look(tmp_path)
+    assert facts.state == "published"
