@@ -121,35 +121,30 @@ class SnapshotReader:
         Not here: pages in the cache that lie scattered halve the speed at which the
         system reads what is between them.
         """
-        starts = np.append(self.index["offset"], np.uint64(self.end_offset))
+        index = self.index
+        starts = np.append(index["offset"], np.uint64(self.end_offset))
+
+        def refuse(is_wrong: npt.NDArray[np.bool_], reason: str) -> None:
+            if is_wrong.any():
+                block = int(is_wrong.argmax())
+                raise self._error(int(starts[block]), reason.format(block))
+
         if starts[0] != FILE_HEADER_SIZE:
             raise self._error(FILE_HEADER_SIZE, "blocks and index do not meet")
-        wrong = np.flatnonzero(starts[:-1] >= starts[1:])
-        if len(wrong):
-            raise self._error(int(starts[wrong[0]]), "blocks and index do not meet")
-        n_records = self.index["n_records"].astype(np.float64)
-        plain_sizes = 20 * n_records + self.index["user_data_size"]
+        refuse(starts[:-1] >= starts[1:], "blocks and index do not meet")
+        refuse(index["n_records"] == 0, "block {} has no records")
         sizes = np.diff(starts)
         packed_max = np.minimum(PACKED_RATIO_MAX * sizes, PACKED_SIZE_MAX)
-        wrong = np.flatnonzero(plain_sizes > np.maximum(sizes, packed_max))
-        if len(wrong):  # before as much memory is taken
-            raise self._error(
-                int(starts[wrong[0]]),
-                f"the index claims more for block {int(wrong[0])} than it can hold",
-            )
-        wrong = np.flatnonzero(n_records == 0)
-        if len(wrong):
-            offset = int(self.index["offset"][wrong[0]])
-            raise self._error(offset, f"block {int(wrong[0])} has no records")
-        first, last = self.index["first_key"], self.index["last_key"]
-        wrong = np.flatnonzero(
-            (first > last) | np.append(first[1:] <= last[:-1], False)
+        claims = 20.0 * index["n_records"] + index["user_data_size"]
+        refuse(  # before as much memory is taken
+            claims > np.maximum(sizes, packed_max),
+            "the index claims more for block {} than it can hold",
         )
-        if len(wrong):
-            raise self._error(
-                int(self.index["offset"][wrong[0]]),
-                f"block {int(wrong[0])} is out of order in the index",
-            )
+        first, last = index["first_key"], index["last_key"]
+        refuse(
+            (first > last) | np.append(first[1:] <= last[:-1], False),
+            "block {} is out of order in the index",
+        )
         totals = (
             sum(self.index["n_records"].tolist()),
             sum(self.index["user_data_size"].tolist()),
@@ -173,7 +168,7 @@ class SnapshotReader:
             self.view[: self.end_offset], start, self._seed, 0, table, True
         )
         if n == 0:
-            raise corruption(self.path, stop, status, self.view[stop:], self._seed)
+            raise corruption(self.path, stop, status, self.view[start:end], self._seed)
         if stop != end:
             raise self._error(stop, "blocks and index do not meet")
         for field, column in (
