@@ -147,8 +147,8 @@ class SnapshotReader:
             "block {} is out of order in the index",
         )
         totals = (
-            sum(self.index["n_records"].tolist()),
-            sum(self.index["user_data_size"].tolist()),
+            sum(index["n_records"].tolist()),
+            sum(index["user_data_size"].tolist()),
         )
         if totals != (self.n_records, self.user_data_size):
             raise self._error(self.end_offset, "the sums of the index do not agree")
@@ -173,7 +173,6 @@ class SnapshotReader:
         if stop != end:
             raise self._error(stop, "blocks and index do not meet")
         for field, column in (
-            ("offset", _codec.ROW_OFFSET),
             ("n_records", _codec.ROW_RECORDS),
             ("user_data_size", _codec.ROW_USER_DATA_SIZE),
             ("header_checksum", _codec.ROW_CHECKSUM),
