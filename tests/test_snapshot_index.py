@@ -1,11 +1,12 @@
 """What the index of a snapshot says is believed as far as it was checked."""
 
+import contextlib
 import struct
 
 import pytest
 
 import oracle
-from metastore import CorruptionError, MetadataStore
+from metastore import CorruptionError, MetadataStore, StoreFailedError, compaction
 from metastore.directory import Directory
 from metastore.look import overview
 
@@ -112,19 +113,21 @@ def test_a_forged_index_is_refused(tmp_path, forge, offset, reason):
     assert caught.value.offset == offset
 
 
+def _look(path):
+    """Return what a look at a store tells of its one file."""
+    with contextlib.closing(Directory.open_existing(str(path))) as directory:
+        (facts,) = overview(directory).files
+    return facts
+
+
 def test_an_honest_index_is_believed(tmp_path):
-    """The same snapshot with nothing forged recovers, and looks published."""
+    """The same snapshot with nothing forged looks published, and recovers."""
     data, whole = _snapshot(lambda rows, sums: None)
     (tmp_path / f"snapshot_{_NUMBER:016x}").write_bytes(data)
+    assert _look(tmp_path).state == "published"
     store, recovered = MetadataStore.recover(tmp_path)
     store.shutdown()
     assert list(recovered) == whole.records
-
-
-def look(path):
-    """Return what a look at a store tells of its one file."""
-    (facts,) = overview(Directory.open_existing(str(path))).files
-    return facts
 
 
 def test_the_header_of_a_block_is_looked_at_without_its_payload(tmp_path):
@@ -135,12 +138,34 @@ def test_the_header_of_a_block_is_looked_at_without_its_payload(tmp_path):
     struct.pack_into("<I", damaged, at + 24, 5)
     path = tmp_path / f"snapshot_{_NUMBER:016x}"
     path.write_bytes(damaged)
-    facts = look(tmp_path)
+    facts = _look(tmp_path)
     assert facts.state == "damaged"
     assert facts.damage is not None
     assert facts.damage.offset == at
     damaged[at : at + 48] = data[at : at + 48]
     damaged[at + 48] ^= 1
     path.write_bytes(damaged)
-    facts = look(tmp_path)
+    facts = _look(tmp_path)
     assert facts.state == "published"
+
+
+def test_a_block_with_a_damaged_header_is_not_copied(tmp_path, monkeypatch):
+    """A compaction copies blocks as they lie; it names the damage where it was."""
+    monkeypatch.setattr(compaction, "_BLOCK_RECORDS_MIN", 2)
+    data, whole = _snapshot(lambda rows, sums: None)
+    path = tmp_path / f"snapshot_{_NUMBER:016x}"
+    path.write_bytes(data)
+    store, _ = MetadataStore.recover(tmp_path)
+    store.insert_batch([(1000, (1, b""))])
+    at = whole.blocks[1].offset
+    with path.open("r+b") as file:
+        file.seek(at + 24)
+        file.write(b"\x05")
+    with pytest.raises(StoreFailedError) as caught:
+        store.compact()
+    cause = caught.value.__cause__
+    assert isinstance(cause, CorruptionError)
+    assert (cause.path, cause.offset) == (str(path), at)
+    with contextlib.suppress(StoreFailedError):
+        store.shutdown()
+    assert path.exists()
