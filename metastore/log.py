@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import os
@@ -15,7 +16,6 @@ from metastore.directory import (
     DirectoryProtocol,
     FileName,
     FileProtocol,
-    ReadAhead,
     publish,
     release_pages,
 )
@@ -32,6 +32,7 @@ from metastore.format import (
 )
 from metastore.frames import Table, corruption, decode_into, new_table
 from metastore.parallel import ordered_map
+from metastore.read_ahead import ReadAhead
 
 __all__ = ["LogContent", "LogWriter", "ends_sealed", "prepare_log", "read_log"]
 
@@ -267,12 +268,12 @@ class _Source:
         self.size = file.size()
         self._file = file
         self._view = file.view() if mapped else None
-        self._ahead = ReadAhead(file, self.size)
+        self._ahead = ReadAhead(file, self._view or memoryview(b""))
 
     def read(self, offset: int, size: int) -> memoryview:
         size = min(size, self.size - offset)
         if self._view is not None:
-            self._ahead.advance(offset)
+            self._ahead.wait(offset + size)
             return self._view[offset : offset + size]
         data = memoryview(self._file.read(offset, size))
         if len(data) < size:
@@ -285,6 +286,10 @@ class _Source:
         """Say that a part is not needed any more."""
         if self._view is not None:
             release_pages(self._view, offset, offset + size)
+
+    def close(self) -> None:
+        """End what reads ahead."""
+        self._ahead.close()
 
 
 def ends_sealed(file: FileProtocol, header: FileHeader) -> bool:
@@ -343,35 +348,35 @@ def read_log(
     LogContent
         With `damage` set where a bad frame is not a torn tail.
     """
-    source = _Source(file, mapped)
-    scan = _Scan(source, header, bound, file.path)
-    content = LogContent([], 0, header.sequence, FILE_HEADER_SIZE, False, 0, None)
+    with contextlib.closing(_Source(file, mapped)) as source:
+        scan = _Scan(source, header, bound, file.path)
+        content = LogContent([], 0, header.sequence, FILE_HEADER_SIZE, False, 0, None)
 
-    extents = _Extents(source.size)
+        extents = _Extents(source.size)
 
-    def decode(job: tuple[_Window, _Place]) -> tuple[_Window, _Place, int, int]:
-        return (*job, *extents.decode(*job))
+        def decode(job: tuple[_Window, _Place]) -> tuple[_Window, _Place, int, int]:
+            return (*job, *extents.decode(*job))
 
-    jobs = ((window, extents.reserve(window)) for window in scan)
-    bad: tuple[int, int] | None = None
-    for window, place, n, status in ordered_map(decode, jobs, threads):
-        content.n_batches += n
-        content.sequence += n
-        if n < len(window.table):
-            bad = window.offset + int(window.table[n, _codec.ROW_OFFSET]), status
-            extents.cut(place, window.table[:n])
-            break
-        content.end = window.offset + len(window.data)
-        source.release(window.offset, len(window.data))
-        if on_bytes:
-            on_bytes(len(window.data))
-    content.parts = extents.parts()
-    if bad is None:
-        bad = scan.stop, scan.status
-        content.is_sealed = scan.status == _codec.SCAN_SEALED
-    content.end = bad[0]
-    _judge_end(source, content, header, bound, bad[1], file.path)
-    return content
+        jobs = ((window, extents.reserve(window)) for window in scan)
+        bad: tuple[int, int] | None = None
+        for window, place, n, status in ordered_map(decode, jobs, threads):
+            content.n_batches += n
+            content.sequence += n
+            if n < len(window.table):
+                bad = window.offset + int(window.table[n, _codec.ROW_OFFSET]), status
+                extents.cut(place, window.table[:n])
+                break
+            content.end = window.offset + len(window.data)
+            source.release(window.offset, len(window.data))
+            if on_bytes:
+                on_bytes(len(window.data))
+        content.parts = extents.parts()
+        if bad is None:
+            bad = scan.stop, scan.status
+            content.is_sealed = scan.status == _codec.SCAN_SEALED
+        content.end = bad[0]
+        _judge_end(source, content, header, bound, bad[1], file.path)
+        return content
 
 
 class _Scan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -26,7 +26,7 @@ def ordered_map(
     items: Iterable[Item],
     threads: int,
     at_once: Callable[[int], int] = lambda threads: 2 * threads,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Yield ``function(item)`` for each item, in the order of `items`.
 
     Items are drawn lazily, and at most ``at_once(threads)`` are under way, so that

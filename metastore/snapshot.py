@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,6 @@ from metastore.directory import (
     DirectoryProtocol,
     FileName,
     FileProtocol,
-    ReadAhead,
     publish,
     release_pages,
     scattered_reads,
@@ -44,6 +44,7 @@ from metastore.format import (
 from metastore.frames import corruption, decode, decode_into, encode, new_table
 from metastore.pace import Pace
 from metastore.parallel import ordered_map
+from metastore.read_ahead import ReadAhead
 
 __all__ = ["SnapshotReader", "SnapshotWriter", "split_into_blocks"]
 
@@ -246,16 +247,17 @@ class SnapshotReader:
             self._check_block(block, n, status, whole.part(start, stop))
             return self._release(block)
 
-        for size in ordered_map(read, self._blocks_ahead(), threads):
-            if on_bytes:
-                on_bytes(size)
+        ahead = ReadAhead(self._file, self.view[: self.end_offset])
+        with contextlib.closing(ahead):
+            for size in ordered_map(read, self._arrived(ahead), threads):
+                if on_bytes:
+                    on_bytes(size)
         return whole
 
-    def _blocks_ahead(self) -> Iterator[int]:
-        """Yield each block, when those that follow it are on their way."""
-        ahead = ReadAhead(self._file, self.end_offset)
-        for block, offset in enumerate(self.index["offset"].tolist()):
-            ahead.advance(offset)
+    def _arrived(self, ahead: ReadAhead) -> Iterator[int]:
+        """Yield each block once it is in the page cache."""
+        for block in range(self.n_blocks):
+            ahead.wait(self.block_range(block)[1])
             yield block
 
     def check_payloads(self, threads: int = 1, pace: Pace | None = None) -> None:

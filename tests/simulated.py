@@ -202,9 +202,6 @@ class SimulatedDirectory:
             self._rename(name, other._folder, new)
             self._finish(fault)
 
-    def fetch(self, offset: int, size: int) -> None:
-        pass  # only a hint: nothing that a crash or a fault could change
-
     def close(self) -> None:
         with self._disk.mutex:
             if self._open:

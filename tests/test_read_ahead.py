@@ -1,16 +1,19 @@
 """What is not in the page cache is read ahead, and no more of it than is needed."""
 
+import contextlib
 import ctypes
 import errno
 import mmap
 import os
+import threading
 
 import numpy as np
 import pytest
 
-from metastore import MetadataStore, _codec, directory, log, snapshot
-from metastore.directory import Directory, File, FileName, ReadAhead
+from metastore import MetadataStore, _codec, directory, log, read_ahead, snapshot
+from metastore.directory import Directory, File, FileName
 from metastore.format import FILE_HEADER_SIZE, FRAME_HEADER_SIZE, FileHeader
+from metastore.read_ahead import ReadAhead
 from metastore.snapshot import SnapshotReader
 
 _N_RECORDS = 800_000
@@ -55,52 +58,135 @@ def asked(monkeypatch):
     return parts
 
 
-def test_each_byte_is_asked_for_once_and_not_too_early():
-    """What is asked for grows without gaps or overlaps, up to the end."""
-    parts = []
+@pytest.fixture
+def nothing_cached(monkeypatch):
+    """Whatever earlier tests have left in the page cache."""
+    monkeypatch.setattr(read_ahead, "is_cached", lambda view, step: False)
 
-    class Noting:
-        def fetch(self, offset, size):
-            parts.append((offset, offset + size))
 
-    size = directory._FETCH_AHEAD * 3 + 77
-    ahead = ReadAhead(Noting(), size)
-    for offset in range(64, size, 1_000_003):
-        ahead.advance(offset)
-        assert parts[-1][1] == min(offset + directory._FETCH_AHEAD, size)
-    assert parts[0][0] == 64
-    assert [stop for _, stop in parts[:-1]] == [start for start, _ in parts[1:]]
+def _reading_threads():
+    return [
+        thread
+        for thread in threading.enumerate()
+        if thread.name.startswith("metastore")
+    ]
+
+
+class _Parts:
+    """A file whose parts arrive when the test lets them."""
+
+    def __init__(self):
+        self.begun, self.arrived = [], []
+        self.may_arrive = threading.Event()
+
+    def fetch(self, offset, size):
+        self.begun.append((offset, offset + size))
+        assert self.may_arrive.wait(60)
+        self.arrived.append((offset, offset + size))
+
+
+def test_each_byte_is_read_once_and_waited_for(nothing_cached):
+    """Parts follow each other without gaps or overlaps, up to the end, no further."""
+    file = _Parts()
+    file.may_arrive.set()
+    size = 20 * _MIB + 77
+    with contextlib.closing(ReadAhead(file, memoryview(bytes(size)))) as ahead:
+        assert file.begun == []
+        for stop in [1, _MIB, _MIB + 1, 7 * _MIB, size, size + 100]:
+            ahead.wait(stop)
+            arrived = {at for part in file.arrived for at in range(*part, _KIB)}
+            assert arrived >= set(range(0, min(stop, size), _KIB))
+        ahead.wait(size)
+    parts = sorted(file.begun)
+    assert parts == [(start, min(start + _MIB, size)) for start in range(0, size, _MIB)]
+
+
+def test_what_is_read_ahead_is_bounded(nothing_cached):
+    """Beyond what was waited for lie a few parts, however large the file is."""
+    file = _Parts()
+    file.may_arrive.set()
+    with contextlib.closing(ReadAhead(file, memoryview(bytes(64 * _MIB)))) as ahead:
+        ahead.wait(3 * _MIB)
+        assert max(stop for _, stop in file.begun) <= 12 * _MIB
+
+
+def test_the_wait_is_for_the_part_that_has_not_arrived(nothing_cached):
+    """What was begun is not there yet: only its end lets the waiting thread go."""
+    file = _Parts()
+    with contextlib.closing(ReadAhead(file, memoryview(bytes(3 * _MIB)))) as ahead:
+        done = []
+        waiting = threading.Thread(
+            target=lambda: (ahead.wait(2 * _MIB), done.extend(sorted(file.arrived)))
+        )
+        waiting.start()
+        file.may_arrive.set()
+        waiting.join(60)
+        assert done[:2] == [(0, _MIB), (_MIB, 2 * _MIB)]
+
+
+def test_what_is_in_memory_needs_no_threads():
+    """A file without a map, as in the simulated directory, is never read ahead."""
+    file = _Parts()
+    with contextlib.closing(ReadAhead(file, memoryview(bytes(5 * _MIB)))) as ahead:
+        ahead.wait(5 * _MIB)
+        assert _reading_threads() == []
+    assert file.begun == []
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_blocks_are_asked_for_before_they_are_read(
-    store_path, asked, monkeypatch, threads
+def test_blocks_have_arrived_before_they_are_decoded(
+    store_path, nothing_cached, monkeypatch, threads
 ):
-    """A thread that decodes finds what it needs on its way already."""
+    """Threads that decode touch nothing that is still on its way.
+
+    Their page faults slowed down the reading of it: 107 MB took as long as without
+    anything read ahead.
+    """
     file, header = _open(store_path)
     reader = SnapshotReader(file, header)
     ranges = [reader.block_range(block) for block in range(reader.n_blocks)]
     assert reader.n_blocks > 3
-    block_size = ranges[0][1] - ranges[0][0]
-    monkeypatch.setattr(directory, "_FETCH_AHEAD", 3 * block_size // 2)
-    asked.clear()
-    decoded = []
+    read, decoded = [], []
+    file_fetch = File.fetch
+
+    def fetch(file, offset, size):
+        file_fetch(file, offset, size)
+        read.append((offset, offset + size))
 
     def decode_into(view, table, target, base):
-        (start,) = (a for a, b in ranges if a == int(table[0, _codec.ROW_OFFSET]))
-        decoded.append(start)
-        stop = min(start + 3 * block_size // 2, reader.end_offset)
-        assert asked[0][0] <= start
-        assert asked[-1][1] >= stop
+        (block,) = (part for part in ranges if part[0] == table[0, _codec.ROW_OFFSET])
+        decoded.append(block)
+        stop = 0
+        for start, end in sorted(read):
+            if start <= stop:
+                stop = end
+        assert stop >= block[1]
         return snapshot_decode(view, table, target, base)
 
+    monkeypatch.setattr(File, "fetch", fetch)
     snapshot_decode = snapshot.decode_into
     monkeypatch.setattr(snapshot, "decode_into", decode_into)
     columns = reader.read_all(threads)
     file.close()
     assert len(columns) == reader.n_records
-    assert sorted(decoded) == [start for start, _ in ranges]
-    assert asked[-1][1] == reader.end_offset
+    assert sorted(decoded) == ranges
+    assert max(stop for _, stop in read) == reader.end_offset
+    assert _reading_threads() == []
+
+
+def test_a_damaged_block_ends_the_reading_too(store_path, nothing_cached, monkeypatch):
+    """No thread is left behind by an error."""
+    file, header = _open(store_path)
+    reader = SnapshotReader(file, header)
+
+    def decode_into(*_):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(snapshot, "decode_into", decode_into)
+    with pytest.raises(RuntimeError, match="planted"):
+        reader.read_all(2)
+    file.close()
+    assert _reading_threads() == []
 
 
 def test_headers_are_asked_for_one_by_one(store_path, asked):
@@ -123,22 +209,24 @@ def test_a_closed_file_is_read_all_the_same(store_path):
     assert len(reader.read_all()) == reader.n_records
 
 
-def test_a_log_is_asked_for_window_by_window(tmp_path, asked, monkeypatch):
+def test_a_log_is_read_ahead_part_by_part(tmp_path, asked, monkeypatch, nothing_cached):
     """A log that is mapped is read ahead like a snapshot; its end bounds it."""
     store, _ = MetadataStore.recover(tmp_path)
     for key in range(100):
         store.insert_batch([(key, (key + 1, b"x" * 100))])
     store.shutdown()
     monkeypatch.setattr(log, "_WINDOW_SIZE", 4 * _KIB)
-    monkeypatch.setattr(directory, "_FETCH_AHEAD", 6 * _KIB)
+    monkeypatch.setattr(read_ahead, "_PART_SIZE", 6 * _KIB)
     (name,) = (name for name in os.listdir(tmp_path) if name.startswith("log_"))
     size = os.path.getsize(tmp_path / name)
+    asked.clear()
     store, recovered = MetadataStore.recover(tmp_path)
     store.shutdown()
     assert len(recovered) == 100
-    assert asked[0] == (FILE_HEADER_SIZE, FILE_HEADER_SIZE + 6 * _KIB)
-    assert [stop for _, stop in asked[:-1]] == [start for start, _ in asked[1:]]
-    assert asked[-1][1] <= size
+    assert sorted(asked) == [
+        (start, min(start + 6 * _KIB, size)) for start in range(0, size, 6 * _KIB)
+    ]
+    assert _reading_threads() == []
 
 
 def _resident_pages(path):
@@ -209,58 +297,71 @@ def test_a_check_of_headers_reads_headers_only(store_path):
 
 
 @LINUX
-def test_what_was_read_is_known_to_be_cached(store_path):
-    """Without a wait: a byte that would have to be read first is not."""
-    file, _ = _open(store_path)
-    _drop_cache(file.path)
-    assert not file._is_cached(_MIB)
-    file.read(_MIB, 1)
-    if not file._is_cached(_MIB):
-        pytest.skip("this file system cannot tell")
-    assert not file._is_cached(file.size())
-    file.close()
+def test_a_part_that_is_missing_is_noticed_and_read(store_path):
+    """Some of a file in the cache, as its header always is, is not all of it.
 
-
-@LINUX
-def test_what_is_cached_is_not_asked_for_again(store_path, monkeypatch):
-    """Both ends of a mebibyte in the cache tell of what is between them.
-
-    One end told once: then a file's header, which is read before, hid its first
-    mebibyte, and the first block waited behind 16 MiB that were asked for after it
-    (23 of 47 ms for 1M records).
+    Its first mebibyte once hid behind the header: the first block waited behind 16 MiB
+    that were asked for after it (23 of 47 ms for 1M records).
     """
-    asked_for = []
-
-    def posix_fadvise(descriptor, offset, size, advice):
-        assert advice == os.POSIX_FADV_WILLNEED
-        asked_for.append((offset, offset + size))
-
     file, _ = _open(store_path)
-    monkeypatch.setattr(os, "posix_fadvise", posix_fadvise)
-    cached = {5, _MIB + 5, 2 * _MIB + 4, 3 * _MIB + 4}
-    monkeypatch.setattr(file, "_is_cached", cached.__contains__)
-    file.fetch(5, 3 * _MIB + 17)
+    view = file.view()
+    _drop_cache(file.path)
+    file.read(0, FILE_HEADER_SIZE)
+    assert not directory.is_cached(view, _MIB)
+    assert _resident_pages(file.path).sum() < _MIB // mmap.PAGESIZE
+    with contextlib.closing(ReadAhead(file, view)) as ahead:
+        ahead.wait(len(view))
+    assert _resident_pages(file.path).all()
+    assert directory.is_cached(view, _MIB)
     file.close()
-    missing = [(5, _MIB + 5), (2 * _MIB + 5, 3 * _MIB + 22)]
-    for start, stop in missing:
-        parts = [part for part in asked_for if start <= part[0] < stop]
-        assert parts[0][0] == start
-        assert [part[1] for part in parts[:-1]] == [part[0] for part in parts[1:]]
-        assert parts[-1][1] == stop
-        assert all(part[1] - part[0] <= 128 * _KIB for part in parts)
-        del asked_for[: len(parts)]
-    assert asked_for == []
 
 
 @LINUX
-def test_a_refused_hint_is_no_failure(store_path, monkeypatch):
-    """A file system may know nothing of advice; everything is read all the same."""
+def test_to_ask_what_is_cached_reads_nothing(store_path):
+    """A read that must not wait once was the probe: it began to read all the same.
+
+    Before a page that is there the system goes back to small pieces (107 MB: 25 ms).
+    """
+    file, _ = _open(store_path)
+    view = file.view()
+    _drop_cache(file.path)
+    assert not directory.is_cached(view, _MIB)
+    assert not _resident_pages(file.path).any()
+    file.close()
+
+
+def test_a_part_is_read_whole_whatever_its_size(tmp_path, monkeypatch):
+    """Neither short reads nor the limit on buffers leave a gap."""
+    monkeypatch.setattr(directory, "_BUFFERS_MAX", 3)
+    size = 1000 * _KIB + 5
+    (tmp_path / "file").write_bytes(bytes(size))
+    file = Directory.open_existing(str(tmp_path)).open("file")
+    calls = []
+    preadv = os.preadv
+
+    def short(descriptor, buffers, offset):
+        n = preadv(descriptor, buffers, offset) - (5 if len(calls) == 1 else 0)
+        calls.append((offset, offset + n))
+        return n
+
+    monkeypatch.setattr(os, "preadv", short)
+    file.fetch(7, size - 7)
+    assert calls[0][0] == 7
+    assert [stop for _, stop in calls[:-1]] == [start for start, _ in calls[1:]]
+    assert calls[-1][1] == size
+    file.fetch(size - 10, 100)  # the file has become shorter
+    assert calls[-2:] == [(size - 10, size), (size, size)]
+    file.close()
+
+
+@LINUX
+def test_a_failed_read_ahead_is_no_failure(store_path, nothing_cached, monkeypatch):
+    """Whoever needs the part meets the error of the medium, if there is one."""
 
     def refuse(*_):
         raise OSError(errno.EINVAL, "planted")
 
     file, header = _open(store_path)
-    monkeypatch.setattr(os, "posix_fadvise", refuse)
     monkeypatch.setattr(os, "preadv", refuse)
     reader = SnapshotReader(file, header)
     assert len(reader.read_all()) == reader.n_records
