@@ -173,7 +173,7 @@ class FileProtocol(Protocol):
         ...
 
     def fetch(self, offset: int, size: int) -> None:
-        """Read a part into the page cache, where the system can."""
+        """Read a part into the page cache; what cannot be read is left out."""
         ...
 
     def close(self) -> None:
@@ -301,9 +301,7 @@ class File:
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def fetch(self, offset: int, size: int) -> None:
-        """Read a part into the page cache, where the system can."""
-        if not hasattr(os, "preadv"):
-            return
+        """Read a part into the page cache; what cannot be read is left out."""
         scratch = memoryview(bytearray(min(size, _SCRATCH_SIZE)))
         end = offset + size
         with contextlib.suppress(OSError):  # whoever needs the part will meet it
