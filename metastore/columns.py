@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from metastore import _merge
-from metastore.parallel import ordered_map
+from metastore.parallel import map_at_once
 
 if TYPE_CHECKING:
     from metastore.report import RecoveryReport
@@ -190,8 +190,7 @@ def _ranges(n: int, threads: int) -> list[tuple[int, int]]:
 def _each(
     function: Callable[[int, int], None], ranges: Sequence[tuple[int, int]]
 ) -> None:
-    for _ in ordered_map(lambda cut: function(*cut), ranges, len(ranges)):
-        pass
+    map_at_once(lambda cut: function(*cut), ranges)
 
 
 def _sorted_keys(keys: Uint64s, threads: int) -> tuple[Uint64s, Uint32s]:
@@ -204,12 +203,8 @@ def _sorted_keys(keys: Uint64s, threads: int) -> tuple[Uint64s, Uint32s]:
     shift = max(0, varying.bit_length() - bits)
     ranges = _ranges(n, threads)
     counts = np.array(
-        list(
-            ordered_map(
-                lambda cut: _merge.histogram(keys[cut[0] : cut[1]], shift, bits),
-                ranges,
-                len(ranges),
-            )
+        map_at_once(
+            lambda cut: _merge.histogram(keys[cut[0] : cut[1]], shift, bits), ranges
         )
     )
     starts = np.concatenate([[0], np.cumsum(counts.sum(axis=0))])
@@ -222,8 +217,7 @@ def _sorted_keys(keys: Uint64s, threads: int) -> tuple[Uint64s, Uint32s]:
         digits = keys[start:stop], start, shift, bits
         _merge.scatter(*digits, positions[part], sorted_keys, order)
 
-    for _ in ordered_map(scatter, range(len(ranges)), len(ranges)):
-        pass
+    map_at_once(scatter, range(len(ranges)))
     digit_cuts = np.searchsorted(starts, [stop for _, stop in ranges[:-1]]).tolist()
     digit_ranges = list(itertools.pairwise([0, *digit_cuts, len(starts) - 1]))
 
@@ -289,7 +283,7 @@ def merge(old: Columns, new: Columns, threads: int = 1) -> Columns:
             before.keys, before.offsets, after.keys, after.values, after.offsets
         )
 
-    sizes = list(ordered_map(measure, ranges, n_ranges))
+    sizes = map_at_once(measure, ranges)
     merged = Columns.allocate(sum(n for n, _ in sizes), sum(size for _, size in sizes))
     jobs = []
     at = data_at = 0
@@ -297,8 +291,7 @@ def merge(old: Columns, new: Columns, threads: int = 1) -> Columns:
         out = merged.target(at, at + n, data_at, data_at + size)
         jobs.append((before.arrays(), after.arrays(), out, data_at))
         at, data_at = at + n, data_at + size
-    for _ in ordered_map(lambda job: _merge.merge_into(*job), jobs, n_ranges):
-        pass
+    map_at_once(lambda job: _merge.merge_into(*job), jobs)
     return merged
 
 

@@ -283,7 +283,7 @@ def _write_jobs(
         if isinstance(done, Job):
             assert reader is not None
             for block in range(done.block_start, done.block_stop):
-                writer.copy_blocks(reader, block, block + 1)
+                writer.copy_block(reader, block)
                 pace.rest()
             continue
         for columns, frame in done:

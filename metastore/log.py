@@ -40,9 +40,9 @@ __all__ = ["LogContent", "LogWriter", "ends_sealed", "prepare_log", "read_log"]
 _TAIL_SIZE_MAX = (1 << 20) + 4096
 
 #: A log is read, and its payloads are decoded, in windows of this size.
-_WINDOW_SIZE = 1 << 20
+_WINDOW_SIZE = 2 << 20
 _WINDOW_SIZE_LARGE = 32 << 20
-_WINDOW_FRAMES = 1 << 14
+_WINDOW_FRAMES = 1 << 15
 
 #: Room for a log is taken for this much more than its first window lets expect, and at
 #: most for so many bytes per byte of the log; a record takes this much beside its data.
@@ -359,7 +359,8 @@ def read_log(
 
         jobs = ((window, extents.reserve(window)) for window in scan)
         bad: tuple[int, int] | None = None
-        for window, place, n, status in ordered_map(decode, jobs, threads):
+        decoded = ordered_map(decode, jobs, threads, caller_works=True)
+        for window, place, n, status in decoded:
             content.n_batches += n
             content.sequence += n
             if n < len(window.table):

@@ -249,7 +249,8 @@ class SnapshotReader:
 
         ahead = ReadAhead(self._file, self.view[: self.end_offset])
         with contextlib.closing(ahead):
-            for size in ordered_map(read, self._arrived(ahead), threads):
+            arrived = self._arrived(ahead)
+            for size in ordered_map(read, arrived, threads, caller_works=True):
                 if on_bytes:
                     on_bytes(size)
         return whole
@@ -404,16 +405,14 @@ class SnapshotWriter:
         """Encode and append one block."""
         self.put_block(columns, encode(KIND_BLOCK, columns, level))
 
-    def copy_blocks(self, reader: SnapshotReader, start: int, stop: int) -> None:
-        """Append blocks of another snapshot of this store, byte for byte."""
-        for block in range(start, stop):
-            reader.check_header(block)
-        rows = reader.index[start:stop].copy()
-        first, end = reader.block_range(start)[0], reader.block_range(stop - 1)[1]
-        # Modulo 2**64: the blocks may move either way.
-        rows["offset"] += np.uint64((self.size - first) % 2**64)
-        self._rows.append(rows)
-        for offset in range(first, end, _WRITE_SIZE):
+    def copy_block(self, reader: SnapshotReader, block: int) -> None:
+        """Append a block of another snapshot of this store, byte for byte."""
+        reader.check_header(block)
+        row = reader.index[block : block + 1].copy()
+        start, end = reader.block_range(block)
+        row["offset"] = self.size
+        self._rows.append(row)
+        for offset in range(start, end, _WRITE_SIZE):
             stop = min(offset + _WRITE_SIZE, end)
             self._put(reader.view[offset:stop])
             self._write_pending()

@@ -23,6 +23,7 @@ __all__ = ["Load", "c1", "c2", "c3", "c4", "c5", "c6", "commit_rate"]
 
 BARE = "bare pwrite + fdatasync, zeroed file"
 APPENDING = "bare pwrite + fdatasync, growing file"
+WALK = "hash() of the same tuples"
 GROUPS = "bare writes of as many frames"
 #: Stored bytes of a batch of one record with 8 bytes of user data.
 _ONE_RECORD_FRAME_SIZE = 80
@@ -234,14 +235,21 @@ def _unsynced(path: str, n_batches: int) -> float:
     return seconds * 1e9 / (n_batches * 1000)
 
 
-def _encoding(n_batches: int) -> float:
-    """Return the nanoseconds per record of making frames, nothing written."""
+def _first_met(encode: bool, n_batches: int) -> float:
+    """Return the nanoseconds per record of work on batches not touched before.
+
+    Either their frames are made and not written, or the interpreter only visits every
+    tuple, integer and byte string.
+    """
     from metastore.frames import encode_batch
 
     batches = _batches(Load(n_batches, 1000, 1))
     started = time.perf_counter()
     for batch in batches:
-        encode_batch(batch, 1)
+        if encode:
+            encode_batch(batch, 1)
+        else:
+            hash(tuple(batch))
     return (time.perf_counter() - started) * 1e9 / (n_batches * 1000)
 
 
@@ -262,7 +270,10 @@ def c3(settings: Settings) -> list[Row]:
     limit = "60 ns"
     encoding = alternate(
         settings.repeat,
-        {OURS: lambda: float(isolated(_encoding, load.n_batches).result)},
+        {
+            OURS: lambda: float(isolated(_first_met, True, load.n_batches).result),
+            WALK: lambda: float(isolated(_first_met, False, load.n_batches).result),
+        },
     )
     unsynced = alternate(
         settings.repeat,
@@ -279,7 +290,9 @@ def c3(settings: Settings) -> list[Row]:
             "making their frames, per record; each batch is met for the first time",
             "ns",
             {**encoding, limit: [60.0]},
-        ).of_limit(limit, 1),
+        )
+        .of_limit(limit, 1)
+        .beside(WALK),
         Row("C3 unsynced", "the same batches, not synced, per record", "ns", unsynced),
     ]
 
@@ -348,14 +361,18 @@ def _latencies_of(
 def _commit_beside_compaction(
     path: str, n_records: int, rounds: int
 ) -> dict[str, list[list[int]]]:
-    """Return the latencies of commits, idle and while the store compacts."""
+    """Return the latencies of commits while the store compacts, and before and after.
+
+    What an idle store does changes from one half of a minute to the next by as much as
+    a compaction changes it: so it is asked on both sides of each. The first warms up.
+    """
     from metastore import MetadataStore
 
     store, found = MetadataStore.recover(path, log_size_bytes_min=NO_ROTATION)
     del found
     numbers = itertools.count(1)
     idle, busy = [], []
-    for number in range(rounds):
+    for number in range(rounds + 1):
         start = n_records + number * (n_records // 100)
         insert_arrays(store, data.records(start, start + n_records // 100, 0))
         thread = threading.Thread(target=store.compact)
@@ -364,7 +381,8 @@ def _commit_beside_compaction(
         thread.join()
         idle.append(_latencies_of(store, numbers, len(busy[-1]), lambda: False))
     store.shutdown()
-    return {"idle": idle, "busy": busy}
+    around = [before + after for before, after in itertools.pairwise(idle)]
+    return {"idle": around, "busy": busy[1:]}
 
 
 def c5(settings: Settings) -> list[Row]:

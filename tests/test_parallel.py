@@ -1,0 +1,137 @@
+"""Work shared by threads: order, bounds, errors, and what the caller does itself."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NoReturn
+
+import pytest
+
+from metastore.parallel import map_at_once, ordered_map
+
+#: Only a test that fails waits so long.
+_SECONDS_MAX = 30
+
+
+@pytest.mark.parametrize("caller_works", [False, True])
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_results_come_in_the_order_of_the_items(
+    threads: int, caller_works: bool
+) -> None:
+    found = ordered_map(hex, range(200), threads, caller_works=caller_works)
+    assert list(found) == list(map(hex, range(200)))
+
+
+@pytest.mark.parametrize("caller_works", [False, True])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_items_are_drawn_no_further_than_memory_allows(
+    threads: int, caller_works: bool
+) -> None:
+    drawn = 0
+
+    def items() -> Iterator[int]:
+        nonlocal drawn
+        for item in range(100):
+            drawn = item + 1
+            yield item
+
+    for n_had, _ in enumerate(
+        ordered_map(str, items(), threads, caller_works=caller_works)
+    ):
+        assert drawn <= n_had + 2 * threads
+
+
+def test_the_caller_does_what_the_others_are_too_busy_for() -> None:
+    """The only other thread waits until the caller has done an item itself."""
+    caller = threading.get_ident()
+    helped = threading.Event()
+    by_caller = []
+
+    def work(item: int) -> int:
+        if threading.get_ident() == caller:
+            by_caller.append(item)
+            helped.set()
+        else:
+            assert helped.wait(_SECONDS_MAX)
+        return item
+
+    assert list(ordered_map(work, range(20), 2, caller_works=True)) == list(range(20))
+    assert by_caller[0] == 2  # one item in the other thread, one that waits for it
+
+
+def test_the_caller_leaves_the_work_to_others_unless_it_is_asked() -> None:
+    caller = threading.get_ident()
+    found = ordered_map(lambda _: threading.get_ident(), range(50), 2)
+    assert caller not in set(found)
+
+
+def test_an_error_of_the_caller_waits_for_its_turn() -> None:
+    """The first item that fails is told, whoever came upon another one sooner."""
+    caller = threading.get_ident()
+    helped = threading.Event()
+
+    def work(item: int) -> int:
+        if threading.get_ident() == caller:
+            helped.set()
+            raise LookupError(f"item {item}, in the caller")
+        assert helped.wait(_SECONDS_MAX)
+        if item == 1:
+            raise ValueError("item 1")
+        return item
+
+    found = ordered_map(work, range(20), 2, caller_works=True)
+    assert next(found) == 0
+    with pytest.raises(ValueError, match="item 1"):
+        next(found)
+
+
+@pytest.mark.parametrize("n_items", [2, 5])
+def test_all_are_at_once_under_way_and_the_caller_has_the_first(n_items: int) -> None:
+    together = threading.Barrier(n_items)
+
+    def work(item: int) -> tuple[int, int]:
+        together.wait(_SECONDS_MAX)
+        return item, threading.get_ident()
+
+    found = map_at_once(work, range(n_items))
+    assert [item for item, _ in found] == list(range(n_items))
+    assert found[0][1] == threading.get_ident()
+    assert len({thread for _, thread in found}) == n_items
+
+
+def test_nothing_and_one_need_no_thread() -> None:
+    assert map_at_once(str, []) == []
+    assert map_at_once(lambda _: threading.get_ident(), [0]) == [threading.get_ident()]
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_the_others_are_done_when_an_error_leaves(bad: int) -> None:
+    """Else a kernel would still write to arrays that its caller has given back."""
+    failed = threading.Event()
+    done = []
+
+    def work(item: int) -> None:
+        if item == bad:
+            failed.set()
+            raise ValueError("bad item")
+        assert failed.wait(_SECONDS_MAX)
+        done.append(item)
+
+    with pytest.raises(ValueError, match="bad item"):
+        map_at_once(work, [0, 1])
+    assert done == [1 - bad]
+
+
+def test_without_a_thread_to_be_had_the_caller_does_everything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A store may be opened or compacted while the interpreter exits."""
+
+    def submit(*_: object) -> NoReturn:
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    assert list(ordered_map(str, range(9), 2)) == list(map(str, range(9)))
+    assert map_at_once(str, range(9)) == list(map(str, range(9)))
