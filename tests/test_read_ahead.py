@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import gc
 import mmap
 import os
 import threading
@@ -210,10 +211,15 @@ def test_a_closed_file_is_read_all_the_same(store_path):
 
 
 def test_a_log_is_read_ahead_part_by_part(tmp_path, asked, monkeypatch, nothing_cached):
-    """A log that is mapped is read ahead like a snapshot; its end bounds it."""
+    """A log that is mapped is read ahead like a snapshot; its end bounds it.
+
+    Whether the zeros behind the end frame are asked for depends on how far the threads
+    are when the end is found: the test once wanted all of them, and at times failed.
+    """
     store, _ = MetadataStore.recover(tmp_path)
     for key in range(100):
         store.insert_batch([(key, (key + 1, b"x" * 100))])
+    n_bytes = store.stats().log_size
     store.shutdown()
     monkeypatch.setattr(log, "_WINDOW_SIZE", 4 * _KIB)
     monkeypatch.setattr(read_ahead, "_PART_SIZE", 6 * _KIB)
@@ -223,9 +229,9 @@ def test_a_log_is_read_ahead_part_by_part(tmp_path, asked, monkeypatch, nothing_
     store, recovered = MetadataStore.recover(tmp_path)
     store.shutdown()
     assert len(recovered) == 100
-    assert sorted(asked) == [
-        (start, min(start + 6 * _KIB, size)) for start in range(0, size, 6 * _KIB)
-    ]
+    parts = [(start, min(start + 6 * _KIB, size)) for start in range(0, size, 6 * _KIB)]
+    assert sorted(asked) == parts[: len(asked)]
+    assert max(stop for _, stop in asked) >= n_bytes
     assert _reading_threads() == []
 
 
@@ -248,6 +254,7 @@ def _resident_pages(path):
 
 
 def _drop_cache(path):
+    gc.collect()  # a map that only a cycle refers to keeps its pages
     with open(path, "rb") as file:
         # What another test has asked for may be on its way: it is not dropped, and
         # not resident yet either.
