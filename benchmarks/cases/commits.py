@@ -253,12 +253,31 @@ def _first_met(encode: bool, n_batches: int) -> float:
     return (time.perf_counter() - started) * 1e9 / (n_batches * 1000)
 
 
+def _frame_size(batch_records: int) -> int:
+    """Return the stored bytes of a batch of tuples."""
+    from metastore.frames import encode_batch
+
+    frame = encode_batch(_batches(Load(1, batch_records, 1))[0], 1)
+    assert frame is not None
+    return len(frame)
+
+
 def c3(settings: Settings) -> list[Row]:
     """Batches of 1,000 tuples, one thread."""
     load = Load(settings.n(1_000), 1000, 1)
     kept: dict[str, Any] = {}
     ours = measured(settings, Metastore, load, kept)
-    sides: dict[str, Callable[[], float | None]] = {OURS: lambda: ours() * 1000}
+    size = isolated(_frame_size, load.batch_records).result
+
+    def bare(zeroed: bool) -> float:
+        latencies_ns = _bare(settings, size, load.n_batches, zeroed=zeroed)
+        return _rate(latencies_ns, load.batch_records)
+
+    sides: dict[str, Callable[[], float | None]] = {
+        OURS: lambda: ours() * 1000,
+        APPENDING: lambda: bare(False),
+        BARE: lambda: bare(True),
+    }
     if settings.ancestor:
         sides[ANCESTOR] = _ancestor(settings, load, "entries_per_s")
     row = Row(
@@ -284,7 +303,7 @@ def c3(settings: Settings) -> list[Row]:
         },
     )
     return [
-        row.times_better(ANCESTOR, 3),
+        row.times_better(ANCESTOR, 3).beside(APPENDING).beside(BARE),
         Row(
             "C3 encode",
             "making their frames, per record; each batch is met for the first time",

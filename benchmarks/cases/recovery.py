@@ -121,12 +121,14 @@ def _measure(
     expected: int,
     ancestor_fixture: Callable[[Ancestor, str], None] | None,
     ancestor_name: str,
+    more: Callable[[int], dict[str, Callable[[], float]]] = lambda result_size: {},
 ) -> tuple[dict[str, list[float]], list[int]]:
-    """Return the samples of us, the ancestor and the copy, and the arrays' sizes."""
+    """Return the samples of us, the ancestor, the copy and more; the arrays' sizes."""
     sizes = _verify(settings, fixture, expected)
     sides: dict[str, Callable[[], float | None]] = {
         OURS: _ours(settings, fixture, sum(sizes)),
         COPY: _copy(sizes),
+        **more(sum(sizes)),
     }
     ancestor = settings.ancestor
     if ancestor and ancestor_fixture:
@@ -282,24 +284,21 @@ def r5(settings: Settings) -> list[Row]:
     fixture = settings.fixture(f"changed-{n_records}-{n_changes}", make)
     log = settings.log(n_changes, 1000, 8, sealed=True)
     expected = isolated(_changed, n_records, n_changes).result
-    samples, sizes = _measure(
+    sum_of_parts = "the snapshot alone and as long a log alone"
+
+    def parts(result_size: int) -> dict[str, Callable[[], float]]:
+        snapshot_alone = _ours(settings, snapshot, result_size)
+        log_alone = _ours(settings, log, result_size)
+        return {sum_of_parts: lambda: snapshot_alone() + log_alone()}
+
+    samples, _ = _measure(
         settings,
         fixture,
         expected,
         lambda ancestor, path: _ancestors_changes(ancestor, path, n_records, n_changes),
         f"changed-{n_records}-{n_changes}",
+        parts,
     )
-    parts = alternate(
-        settings.repeat,
-        {
-            "snapshot": _ours(settings, snapshot, sum(sizes)),
-            "log": _ours(settings, log, sum(sizes)),
-        },
-    )
-    sum_of_parts = "the snapshot alone and as long a log alone"
-    samples[sum_of_parts] = [
-        a + b for a, b in zip(parts["snapshot"], parts["log"], strict=True)
-    ]
     row = Row(
         "R5",
         f"recover a snapshot of {n_records:,} records and a log of {n_changes:,} "
