@@ -86,6 +86,15 @@ class Columns:
             self.user_data,
         )
 
+    def head(self, n_records: int, user_data_size: int) -> Columns:
+        """Return so many records and bytes from the first on, without a copy."""
+        return Columns(
+            self.keys[:n_records],
+            self.values[:n_records],
+            self.offsets[: n_records + 1],
+            self.user_data[:user_data_size],
+        )
+
     def target(
         self, start: int, stop: int, data_start: int, data_stop: int
     ) -> tuple[Uint64s, Uint64s, Uint64s, Uint8s]:
@@ -277,22 +286,34 @@ def merge(old: Columns, new: Columns, threads: int = 1) -> Columns:
         for i in range(n_ranges)
     ]
 
-    def measure(pair: tuple[Columns, Columns]) -> tuple[int, int]:
-        before, after = pair
-        return _merge.merge_size(
-            before.keys, before.offsets, after.keys, after.values, after.offsets
-        )
-
-    sizes = map_at_once(measure, ranges)
+    sizes = map_at_once(lambda pair: merged_size(*pair), ranges)
     merged = Columns.allocate(sum(n for n, _ in sizes), sum(size for _, size in sizes))
     jobs = []
     at = data_at = 0
     for (before, after), (n, size) in zip(ranges, sizes, strict=True):
-        out = merged.target(at, at + n, data_at, data_at + size)
-        jobs.append((before.arrays(), after.arrays(), out, data_at))
+        jobs.append((before, after, merged, at, data_at, n, size))
         at, data_at = at + n, data_at + size
-    map_at_once(lambda job: _merge.merge_into(*job), jobs)
+    map_at_once(lambda job: merge_into(*job), jobs)
     return merged
+
+
+def merged_size(old: Columns, new: Columns) -> tuple[int, int]:
+    """Return how many records two runs make, and how many bytes of user data."""
+    return _merge.merge_size(old.keys, old.offsets, new.keys, new.values, new.offsets)
+
+
+def merge_into(
+    old: Columns,
+    new: Columns,
+    merged: Columns,
+    at: int,
+    data_at: int,
+    n_records: int,
+    user_data_size: int,
+) -> None:
+    """Merge two runs, whose :func:`merged_size` is known, to a place in a result."""
+    out = merged.target(at, at + n_records, data_at, data_at + user_data_size)
+    _merge.merge_into(old.arrays(), new.arrays(), out, data_at)
 
 
 class Recovered(Sequence[Record]):

@@ -36,28 +36,45 @@ def ordered_map(
 
     With `caller_works` the caller is one of the threads: who draws the items does work
     too, and would only take turns with the others if there were more threads than
-    processors. What the others are too busy for it does itself.
+    processors. When they are busy it does the first item that none of them has begun;
+    so an item may wait for something that those before it do.
     """
     if threads <= 1:
         yield from map(function, items)
         return
     workers = threads - caller_works
     with ThreadPoolExecutor(workers, thread_name_prefix="metastore") as pool:
-        under_way: deque[Future[Result]] = deque()
+        under_way: deque[tuple[Item, Future[Result]]] = deque()
+
+        def first_result() -> Result:
+            item, future = under_way.popleft()
+            if caller_works and future.cancel():
+                return function(item)
+            return future.result()
+
         try:
             for item in items:
-                n_waiting = sum(not future.done() for future in under_way)
-                if caller_works and n_waiting >= 2 * workers:
-                    under_way.append(_done(function, item))
-                else:
-                    under_way.append(_submit(pool, function, item))
+                under_way.append((item, _submit(pool, function, item)))
+                n_waiting = sum(not future.done() for _, future in under_way)
+                if caller_works and n_waiting > 2 * workers:
+                    _help(under_way, function)
                 while len(under_way) >= at_once(threads):
-                    yield under_way.popleft().result()
+                    yield first_result()
             while under_way:
-                yield under_way.popleft().result()
+                yield first_result()
         finally:
-            for future in under_way:
+            for _, future in under_way:
                 future.cancel()
+
+
+def _help(
+    under_way: deque[tuple[Item, Future[Result]]], function: Callable[[Item], Result]
+) -> None:
+    """Do the first item that nobody has begun; an error of it waits for its turn."""
+    for n, (item, future) in enumerate(under_way):
+        if future.cancel():
+            under_way[n] = item, _done(function, item)
+            return
 
 
 def map_at_once(
@@ -87,7 +104,6 @@ def _submit(
 
 
 def _done(function: Callable[[Item], Result], item: Item) -> Future[Result]:
-    """Work in the caller; an error waits for its turn."""
     future: Future[Result] = Future()
     try:
         future.set_result(function(item))

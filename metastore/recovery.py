@@ -321,26 +321,35 @@ def read(
         )
         content.damage = plan.damage
         content.set_aside = list(plan.set_aside)
-        old = _read_snapshot(content, files, threads, counter)
-        parts = _read_logs(content, files, threads, counter, settle_log, stop_at_damage)
+        reader = _open_snapshot(content, files)
+        try:
+            parts = _read_logs(
+                content, files, threads, counter, settle_log, stop_at_damage
+            )
+        except CorruptionError:
+            if reader is not None:
+                reader.read_all(threads)  # the first damage is told, not the last
+            raise
+        run = sort_last_wins(concatenate(parts), threads, reuse=True)
+        if reader is None:
+            content.columns = merge(Columns.allocate(0, 0), run, threads)
+        elif len(run) == 0:
+            content.columns = reader.read_all(threads, counter.add)
+        else:
+            content.columns = reader.read_merged(run, threads, counter.add)
     finally:
         for file in files.values():
             file.close()
-    run = sort_last_wins(concatenate(parts), threads, reuse=True)
-    content.columns = merge(old, run, threads)
     counter.add(total)
     return content
 
 
-def _read_snapshot(
-    content: Content,
-    files: Mapping[FileName, FileProtocol],
-    threads: int,
-    counter: _Counter,
-) -> Columns:
+def _open_snapshot(
+    content: Content, files: Mapping[FileName, FileProtocol]
+) -> SnapshotReader | None:
     name = content.plan.snapshot
     if name is None:
-        return Columns.allocate(0, 0)
+        return None
     file = files[name]
     data = bytes(file.read(0, FILE_HEADER_SIZE))
     header = FileHeader.unpack(data, name.kind, name.number, file.path)
@@ -348,7 +357,7 @@ def _read_snapshot(
     content.snapshot = reader
     content.n_blocks = reader.n_blocks
     content.sequence = header.sequence
-    return reader.read_all(threads, counter.add)
+    return reader
 
 
 def _read_logs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from metastore import _codec
-from metastore.columns import Columns
+from metastore.columns import Columns, merge, merge_into, merged_size
 from metastore.directory import (
     DirectoryProtocol,
     FileName,
@@ -235,25 +236,95 @@ class SnapshotReader:
         record_at = _running_sum(self.index["n_records"])
         data_at = _running_sum(self.index["user_data_size"])
 
-        def read(block: int) -> int:
-            start, stop = record_at[block : block + 2]
-            low, high = data_at[block : block + 2]
-            n, status = decode_into(
-                self.view,
-                self.check_header(block),
-                whole.target(start, stop, low, high),
-                low,
-            )
-            self._check_block(block, n, status, whole.part(start, stop))
+        def read(block: int) -> None:
+            self._read_into(whole, block, record_at[block], data_at[block])
+
+        self._read_blocks(read, threads, on_bytes)
+        return whole
+
+    def read_merged(
+        self,
+        run: Columns,
+        threads: int = 1,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> Columns:
+        """Decode all blocks, each merged with its part of a run; the run wins.
+
+        A block is merged while it is in the processor's cache. Where it goes is known
+        once those before it have been counted; room is taken as if no key of the run
+        were in the snapshot, and what is left over is never touched.
+
+        Parameters
+        ----------
+        run : Columns
+            Records by strictly increasing key; a value of 0 deletes.
+        threads, on_bytes
+            As for :meth:`read_all`.
+        """
+        if not self.n_blocks:
+            return merge(Columns.allocate(0, 0), run, threads)
+        whole = Columns.allocate(
+            self.n_records + len(run), self.user_data_size + run.user_data_size
+        )
+        inner = np.searchsorted(run.keys, self.index["first_key"][1:]).tolist()
+        cuts = [0, *inner, len(run)]
+        places = _Places()
+        scratch = _Scratch(
+            int(self.index["n_records"].max()), int(self.index["user_data_size"].max())
+        )
+
+        def read(block: int) -> None:
+            part = run.part(*cuts[block : block + 2])
+            with places.of(block):
+                if len(part) == 0:
+                    at, data_at = places.take(block, *self._size_of(block))
+                    self._read_into(whole, block, at, data_at)
+                    return
+                self._read_into(scratch.columns, block, 0, 0)
+                old = scratch.columns.head(*self._size_of(block))
+                n, size = merged_size(old, part)
+                at, data_at = places.take(block, n, size)
+                merge_into(old, part, whole, at, data_at, n, size)
+
+        self._read_blocks(read, threads, on_bytes)
+        return whole.head(*places.end)
+
+    def _size_of(self, block: int) -> tuple[int, int]:
+        """Return the records of a block, and the bytes of their user data."""
+        row = self.index[block]
+        return int(row["n_records"]), int(row["user_data_size"])
+
+    def _read_into(self, columns: Columns, block: int, at: int, data_at: int) -> None:
+        """Decode and check a block; its first record and byte go to these places."""
+        n_records, size = self._size_of(block)
+        stop, data_stop = at + n_records, data_at + size
+        n, status = decode_into(
+            self.view,
+            self.check_header(block),
+            columns.target(at, stop, data_at, data_stop),
+            data_at,
+        )
+        self._check_block(block, n, status, columns.part(at, stop))
+
+    def _read_blocks(
+        self,
+        read: Callable[[int], None],
+        threads: int,
+        on_bytes: Callable[[int], None] | None,
+    ) -> None:
+        """Call `read` with each block that has arrived; tell how many bytes it had."""
+
+        def read_and_release(block: int) -> int:
+            read(block)
             return self._release(block)
 
         ahead = ReadAhead(self._file, self.view[: self.end_offset])
         with contextlib.closing(ahead):
             arrived = self._arrived(ahead)
-            for size in ordered_map(read, arrived, threads, caller_works=True):
+            sizes = ordered_map(read_and_release, arrived, threads, caller_works=True)
+            for size in sizes:
                 if on_bytes:
                     on_bytes(size)
-        return whole
 
     def _arrived(self, ahead: ReadAhead) -> Iterator[int]:
         """Yield each block once it is in the page cache."""
@@ -281,6 +352,57 @@ class SnapshotReader:
         firsts = range(0, self.n_blocks, _CHECK_BLOCKS)
         for _ in ordered_map(check, firsts, threads, pace.at_once):
             pace.rest()
+
+
+class _Places:
+    """Where each block's records go, block by block; thread-safe.
+
+    A block waits for those before it to be counted. They are under way by then, since
+    blocks begin in order; if one fails those behind it must not wait for ever.
+    """
+
+    def __init__(self) -> None:
+        #: Records, and bytes of user data, of the blocks that were counted.
+        self.end = (0, 0)
+        self._changed = threading.Condition()
+        self._n_counted = 0
+        self._failed: int | None = None
+
+    @contextlib.contextmanager
+    def of(self, block: int) -> Iterator[None]:
+        """While a block is worked on: if that fails, tell those that wait for it."""
+        try:
+            yield
+        except BaseException:
+            with self._changed:
+                if self._failed is None or block < self._failed:
+                    self._failed = block
+                self._changed.notify_all()
+            raise
+
+    def take(self, block: int, n_records: int, size: int) -> tuple[int, int]:
+        """Return where a block of this size begins, once that is known."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (
+                    self._n_counted == block
+                    or (self._failed is not None and self._failed < block)
+                )
+            )
+            if self._n_counted != block:
+                raise RuntimeError("a block before this one failed")
+            at, data_at = self.end
+            self.end = at + n_records, data_at + size
+            self._n_counted += 1
+            self._changed.notify_all()
+            return at, data_at
+
+
+class _Scratch(threading.local):
+    """Columns of each thread, for one block at a time."""
+
+    def __init__(self, n_records: int, size: int) -> None:
+        self.columns = Columns.allocate(n_records, size)
 
 
 def _running_sum(column: npt.NDArray[Any]) -> list[int]:

@@ -58,7 +58,7 @@ def test_the_caller_does_what_the_others_are_too_busy_for() -> None:
         return item
 
     assert list(ordered_map(work, range(20), 2, caller_works=True)) == list(range(20))
-    assert by_caller[0] == 2  # one item in the other thread, one that waits for it
+    assert by_caller[0] == 1  # the first that nobody had begun
 
 
 def test_the_caller_leaves_the_work_to_others_unless_it_is_asked() -> None:
@@ -77,14 +77,33 @@ def test_an_error_of_the_caller_waits_for_its_turn() -> None:
             helped.set()
             raise LookupError(f"item {item}, in the caller")
         assert helped.wait(_SECONDS_MAX)
-        if item == 1:
-            raise ValueError("item 1")
-        return item
+        raise ValueError(f"item {item}, in the other thread")
 
     found = ordered_map(work, range(20), 2, caller_works=True)
-    assert next(found) == 0
-    with pytest.raises(ValueError, match="item 1"):
+    with pytest.raises(ValueError, match="item 0, in the other thread"):
         next(found)
+
+
+def test_an_item_may_wait_for_those_before_it() -> None:
+    """Blocks that are merged learn from those before them where they begin.
+
+    The caller once did the item that it had drawn last, and waited for one that still
+    stood in the queue of a thread which waited too: half of the threads' time.
+    """
+    n_items = 200
+    done = [threading.Event() for _ in range(n_items)]
+
+    def work(item: int) -> int:
+        if item:
+            assert done[item - 1].wait(_SECONDS_MAX)
+        done[item].set()
+        return item
+
+    for threads in (2, 3, 8):
+        for event in done:
+            event.clear()
+        found = ordered_map(work, range(n_items), threads, caller_works=True)
+        assert list(found) == list(range(n_items))
 
 
 @pytest.mark.parametrize("n_items", [2, 5])
