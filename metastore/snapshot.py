@@ -350,7 +350,8 @@ class SnapshotReader:
                 self._release(block)
 
         firsts = range(0, self.n_blocks, _CHECK_BLOCKS)
-        for _ in ordered_map(check, firsts, threads, pace.at_once):
+        checked = ordered_map(check, firsts, threads, pace.at_once, caller_works=True)
+        for _ in checked:
             pace.rest()
 
 
