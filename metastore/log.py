@@ -251,12 +251,7 @@ class _Extents:
     def parts(self) -> list[Columns]:
         """Return what was decoded."""
         return [
-            Columns(
-                extent.keys[:n],
-                extent.values[:n],
-                extent.offsets[: n + 1],
-                extent.user_data[:size],
-            )
+            extent.head(n, size)
             for extent, (n, size) in zip(self._extents, self._taken, strict=True)
         ]
 
@@ -360,17 +355,19 @@ def read_log(
         jobs = ((window, extents.reserve(window)) for window in scan)
         bad: tuple[int, int] | None = None
         decoded = ordered_map(decode, jobs, threads, caller_works=True)
-        for window, place, n, status in decoded:
-            content.n_batches += n
-            content.sequence += n
-            if n < len(window.table):
-                bad = window.offset + int(window.table[n, _codec.ROW_OFFSET]), status
-                extents.cut(place, window.table[:n])
-                break
-            content.end = window.offset + len(window.data)
-            source.release(window.offset, len(window.data))
-            if on_bytes:
-                on_bytes(len(window.data))
+        with contextlib.closing(decoded):
+            for window, place, n, status in decoded:
+                content.n_batches += n
+                content.sequence += n
+                if n < len(window.table):
+                    row = window.table[n, _codec.ROW_OFFSET]
+                    bad = window.offset + int(row), status
+                    extents.cut(place, window.table[:n])
+                    break
+                content.end = window.offset + len(window.data)
+                source.release(window.offset, len(window.data))
+                if on_bytes:
+                    on_bytes(len(window.data))
         content.parts = extents.parts()
         if bad is None:
             bad = scan.stop, scan.status

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-__all__ = ["default_threads", "map_at_once", "ordered_map"]
+__all__ = ["default_threads", "map_at_once", "ordered_map", "submit"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -28,16 +28,19 @@ def ordered_map(
     at_once: Callable[[int], int] = lambda threads: 2 * threads,
     *,
     caller_works: bool = False,
+    on_end: Callable[[], None] = lambda: None,
 ) -> Generator[Result, None, None]:
     """Yield ``function(item)`` for each item, in the order of `items`.
 
     Items are drawn lazily, and at most ``at_once(threads)`` are under way, so that
-    memory stays bounded. With one thread everything runs in the caller.
+    memory stays bounded. With one thread everything runs in the caller. Who may leave
+    before the end closes the generator, which waits for what is under way.
 
     With `caller_works` the caller is one of the threads: who draws the items does work
     too, and would only take turns with the others if there were more threads than
     processors. When they are busy it does the first item that none of them has begun;
-    so an item may wait for something that those before it do.
+    so an item may wait for something that those before it do. If the end comes early
+    some of those are never begun: `on_end` has to free who waits.
     """
     if threads <= 1:
         yield from map(function, items)
@@ -54,17 +57,21 @@ def ordered_map(
 
         try:
             for item in items:
-                under_way.append((item, _submit(pool, function, item)))
-                n_waiting = sum(not future.done() for _, future in under_way)
-                if caller_works and n_waiting > 2 * workers:
+                under_way.append((item, submit(pool, function, item)))
+                if caller_works and _n_waiting(under_way) > 2 * workers:
                     _help(under_way, function)
                 while len(under_way) >= at_once(threads):
                     yield first_result()
             while under_way:
                 yield first_result()
         finally:
+            on_end()
             for _, future in under_way:
                 future.cancel()
+
+
+def _n_waiting(under_way: deque[tuple[Item, Future[Result]]]) -> int:
+    return sum(not future.done() for _, future in under_way)
 
 
 def _help(
@@ -90,17 +97,35 @@ def map_at_once(
         return list(map(function, items))
     first, *others = items
     with ThreadPoolExecutor(len(others), thread_name_prefix="metastore") as pool:
-        under_way = [_submit(pool, function, item) for item in others]
+        under_way = [submit(pool, function, item) for item in others]
         return [function(first), *(future.result() for future in under_way)]
 
 
-def _submit(
+def submit(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], item: Item
 ) -> Future[Result]:
+    """Have a thread do an item, or do it here if there is none to be had.
+
+    The pool may queue an item, then fail to start a thread for it, and have another
+    thread do it later: so the future is ours, and who begins it first does it alone.
+    """
+    future: Future[Result] = Future()
     try:
-        return pool.submit(function, item)
-    except RuntimeError:  # no thread to be had, as while the interpreter exits
-        return _done(function, item)
+        pool.submit(_run, future, function, item)
+    except RuntimeError:  # too many threads, or the interpreter exits
+        if future.cancel():
+            return _done(function, item)
+    return future
+
+
+def _run(
+    future: Future[Result], function: Callable[[Item], Result], item: Item
+) -> None:
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(function(item))
+        except BaseException as error:
+            future.set_exception(error)
 
 
 def _done(function: Callable[[Item], Result], item: Item) -> Future[Result]:

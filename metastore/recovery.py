@@ -322,14 +322,7 @@ def read(
         content.damage = plan.damage
         content.set_aside = list(plan.set_aside)
         reader = _open_snapshot(content, files)
-        try:
-            parts = _read_logs(
-                content, files, threads, counter, settle_log, stop_at_damage
-            )
-        except CorruptionError:
-            if reader is not None:
-                reader.read_all(threads)  # the first damage is told, not the last
-            raise
+        parts = _read_logs(content, files, threads, counter, settle_log, stop_at_damage)
         run = sort_last_wins(concatenate(parts), threads, reuse=True)
         if reader is None:
             content.columns = merge(Columns.allocate(0, 0), run, threads)
@@ -392,6 +385,9 @@ def _read_logs(
         if log.damage is None:
             continue
         if not stop_at_damage:
+            if content.snapshot is not None:
+                # The first damage is told, not the last.
+                content.snapshot.read_all(threads, counter.add)
             raise log.damage
         content.damage = log.damage
         behind = [later for later, _ in logs[i + 1 :]]

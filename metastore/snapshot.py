@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -44,7 +45,7 @@ from metastore.format import (
 )
 from metastore.frames import corruption, decode, decode_into, encode, new_table
 from metastore.pace import Pace
-from metastore.parallel import ordered_map
+from metastore.parallel import ordered_map, submit
 from metastore.read_ahead import ReadAhead
 
 __all__ = ["SnapshotReader", "SnapshotWriter", "split_into_blocks"]
@@ -251,8 +252,8 @@ class SnapshotReader:
         """Decode all blocks, each merged with its part of a run; the run wins.
 
         A block is merged while it is in the processor's cache. Where it goes is known
-        once those before it have been counted; room is taken as if no key of the run
-        were in the snapshot, and what is left over is never touched.
+        once those before it have been counted; room is taken, and kept, as if no key of
+        the run were in the snapshot, and what is left over is never touched.
 
         Parameters
         ----------
@@ -269,13 +270,15 @@ class SnapshotReader:
         inner = np.searchsorted(run.keys, self.index["first_key"][1:]).tolist()
         cuts = [0, *inner, len(run)]
         places = _Places()
+        touched = self.index[np.diff(cuts) > 0]
         scratch = _Scratch(
-            int(self.index["n_records"].max()), int(self.index["user_data_size"].max())
+            int(touched["n_records"].max(initial=0)),
+            int(touched["user_data_size"].max(initial=0)),
         )
 
         def read(block: int) -> None:
-            part = run.part(*cuts[block : block + 2])
             with places.of(block):
+                part = run.part(*cuts[block : block + 2])
                 if len(part) == 0:
                     at, data_at = places.take(block, *self._size_of(block))
                     self._read_into(whole, block, at, data_at)
@@ -286,7 +289,7 @@ class SnapshotReader:
                 at, data_at = places.take(block, n, size)
                 merge_into(old, part, whole, at, data_at, n, size)
 
-        self._read_blocks(read, threads, on_bytes)
+        self._read_blocks(read, threads, on_bytes, places.stop)
         return whole.head(*places.end)
 
     def _size_of(self, block: int) -> tuple[int, int]:
@@ -311,6 +314,7 @@ class SnapshotReader:
         read: Callable[[int], None],
         threads: int,
         on_bytes: Callable[[int], None] | None,
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
         """Call `read` with each block that has arrived; tell how many bytes it had."""
 
@@ -321,10 +325,13 @@ class SnapshotReader:
         ahead = ReadAhead(self._file, self.view[: self.end_offset])
         with contextlib.closing(ahead):
             arrived = self._arrived(ahead)
-            sizes = ordered_map(read_and_release, arrived, threads, caller_works=True)
-            for size in sizes:
-                if on_bytes:
-                    on_bytes(size)
+            sizes = ordered_map(
+                read_and_release, arrived, threads, caller_works=True, on_end=on_end
+            )
+            with contextlib.closing(sizes):
+                for size in sizes:
+                    if on_bytes:
+                        on_bytes(size)
 
     def _arrived(self, ahead: ReadAhead) -> Iterator[int]:
         """Yield each block once it is in the page cache."""
@@ -351,15 +358,16 @@ class SnapshotReader:
 
         firsts = range(0, self.n_blocks, _CHECK_BLOCKS)
         checked = ordered_map(check, firsts, threads, pace.at_once, caller_works=True)
-        for _ in checked:
-            pace.rest()
+        with contextlib.closing(checked):
+            for _ in checked:
+                pace.rest()
 
 
 class _Places:
     """Where each block's records go, block by block; thread-safe.
 
-    A block waits for those before it to be counted. They are under way by then, since
-    blocks begin in order; if one fails those behind it must not wait for ever.
+    A block waits for those before it to be counted. They have begun before it, or will
+    without it; if one fails, or the end comes early, those behind it are freed.
     """
 
     def __init__(self) -> None:
@@ -367,31 +375,32 @@ class _Places:
         self.end = (0, 0)
         self._changed = threading.Condition()
         self._n_counted = 0
-        self._failed: int | None = None
+        #: No block behind this one gets a place any more.
+        self._last: float = math.inf
 
     @contextlib.contextmanager
     def of(self, block: int) -> Iterator[None]:
-        """While a block is worked on: if that fails, tell those that wait for it."""
+        """While a block is worked on: if that fails, free those behind it."""
         try:
             yield
         except BaseException:
-            with self._changed:
-                if self._failed is None or block < self._failed:
-                    self._failed = block
-                self._changed.notify_all()
+            self.stop(block)
             raise
+
+    def stop(self, last: int = -1) -> None:
+        """Free those that wait for a place behind this block."""
+        with self._changed:
+            self._last = min(self._last, last)
+            self._changed.notify_all()
 
     def take(self, block: int, n_records: int, size: int) -> tuple[int, int]:
         """Return where a block of this size begins, once that is known."""
         with self._changed:
             self._changed.wait_for(
-                lambda: (
-                    self._n_counted == block
-                    or (self._failed is not None and self._failed < block)
-                )
+                lambda: self._n_counted == block or self._last < block
             )
             if self._n_counted != block:
-                raise RuntimeError("a block before this one failed")
+                raise RuntimeError("a block before this one was not counted")
             at, data_at = self.end
             self.end = at + n_records, data_at + size
             self._n_counted += 1
@@ -506,10 +515,7 @@ class SnapshotWriter:
             return
         if self._syncing is not None:
             self._syncing.result()
-        try:
-            self._syncing = self._pool.submit(self._file.sync)
-        except RuntimeError:  # no thread to be had, as while the interpreter exits
-            self._file.sync()
+        self._syncing = submit(self._pool, lambda file: file.sync(), self._file)
 
     def put_block(self, columns: Columns, frame: bytearray) -> None:
         """Append a block that :func:`frames.encode` made of `columns`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -141,6 +142,46 @@ def test_a_failed_sync_on_the_way_ends_the_compaction(tmp_path, monkeypatch, thr
     assert recovered.report.snapshot is None
     store.compact()
     store.shutdown()
+
+
+def test_no_sync_is_left_in_a_queue_where_its_failure_would_be_lost(
+    tmp_path, monkeypatch
+):
+    """A pool that cannot start its thread has queued the sync, and does it later.
+
+    The caller had done it by then; the second one failed unheard, and took with it the
+    one error that the system tells of a page it could not write.
+    """
+    monkeypatch.setattr(snapshot, "_WRITE_SIZE", 1)
+    monkeypatch.setattr(snapshot, "_SYNC_SIZE", 100)
+    start, sync = threading.Thread.start, File.sync
+    syncs = asked = 0
+
+    def start_from_the_second_on(thread):
+        nonlocal asked
+        if thread.name.startswith("metastore-sync"):
+            asked += 1
+            if asked == 1:
+                raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def fail_second(file):
+        nonlocal syncs
+        if "snapshot" in file.path:
+            syncs += 1
+            if syncs == 2:
+                raise OSError(errno.EIO, "planted")
+        sync(file)
+
+    store = ten_blocks(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_from_the_second_on)
+        patch.setattr(File, "sync", fail_second)
+        with pytest.raises(StoreFailedError, match="planted"):
+            store.compact()
+    store.shutdown()
+    assert asked == 2
+    assert syncs == 2
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="no scheduling policies")

@@ -181,6 +181,55 @@ def test_an_interrupt_of_the_caller_frees_those_that_wait(
     assert interrupted.is_set()
 
 
+@pytest.mark.parametrize("n_started", [0, 1, 2])
+def test_every_block_is_counted_once_if_a_thread_cannot_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_started: int
+) -> None:
+    """A block that was done a second time waited for ever to be counted again."""
+    blocks = [[(10 * n + i, 1, b"data") for i in range(5)] for n in range(20)]
+    run: list[Record] = [(10 * n + 2, 5, b"") for n in range(20)]
+    reader = _reader(tmp_path, blocks)
+    start, n_asked = threading.Thread.start, itertools.count()
+
+    def start_some(thread: threading.Thread) -> None:
+        if thread.name.startswith("metastore") and next(n_asked) >= n_started:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_some)
+    found = reader.read_merged(_columns(run), 4)
+    assert _records(found) == _merged(blocks, run)
+
+
+@pytest.mark.parametrize("n_calls", [2, 3, 5])
+def test_no_thread_outlives_an_error_of_the_progress_callback(
+    tmp_path: Path, n_calls: int
+) -> None:
+    """They decoded on after directory and lock were given back, while the error lived.
+
+    Its traceback kept the generator alive that ends the threads.
+    """
+    rng = np.random.default_rng(5)
+    store, _ = MetadataStore.recover(tmp_path)
+    for n in (500_000, 200_000):
+        keys = rng.integers(0, 2**64, n, dtype=np.uint64)
+        store.insert_arrays(keys, keys | np.uint64(1))
+        store.compact()
+    store.insert_arrays(keys, keys | np.uint64(2))
+    store.shutdown()
+    calls = itertools.count(1)
+
+    def progress(done: int, total: int) -> None:
+        if next(calls) == n_calls:
+            raise LookupError("planted")
+
+    with pytest.raises(LookupError, match="planted") as caught:
+        MetadataStore.recover(tmp_path, threads=3, progress=progress)
+    names = [thread.name for thread in threading.enumerate()]
+    assert [name for name in names if name.startswith("metastore_")] == []
+    del caught
+
+
 def test_a_failure_frees_those_behind_it() -> None:
     places = _Places()
     freed: list[RuntimeError] = []
@@ -211,7 +260,7 @@ def test_a_later_failure_does_not_free_those_before_it() -> None:
     thread.join(_SECONDS_MAX)
     assert found == [(1, 10)]
     assert places.end == (3, 30)
-    with pytest.raises(RuntimeError, match="before this one failed"):
+    with pytest.raises(RuntimeError, match="before this one was not counted"):
         places.take(4, 1, 1)
 
 

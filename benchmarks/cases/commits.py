@@ -257,9 +257,7 @@ def _frame_size(batch_records: int) -> int:
     """Return the stored bytes of a batch of tuples."""
     from metastore.frames import encode_batch
 
-    frame = encode_batch(_batches(Load(1, batch_records, 1))[0], 1)
-    assert frame is not None
-    return len(frame)
+    return len(encode_batch(_batches(Load(1, batch_records, 1))[0], 1))
 
 
 def c3(settings: Settings) -> list[Row]:
