@@ -36,6 +36,7 @@ from metastore import format as layouts
 from metastore.columns import Columns, Recovered
 from metastore.directory import Directory
 from metastore.errors import CorruptionError, FormatVersionError
+from verbs import to_columns, to_records
 
 STORE_ID = bytes(range(16))
 LOG = oracle.FileHeader("log", STORE_ID, 3, 1)
@@ -44,31 +45,6 @@ SEQUENCE = 5
 LEVEL = 1
 
 Records = list[oracle.Record]
-
-
-def to_columns(records: Sequence[oracle.Record]) -> Columns:
-    lengths = [len(data) for _, _, data in records]
-    return Columns(
-        np.array([key for key, _, _ in records], dtype=np.uint64),
-        np.array([value for _, value, _ in records], dtype=np.uint64),
-        np.cumsum([0, *lengths], dtype=np.uint64),
-        np.frombuffer(b"".join(data for _, _, data in records), dtype=np.uint8),
-    )
-
-
-def to_records(found: Columns) -> Records:
-    offsets = found.offsets.tolist()
-    data = found.user_data.tobytes()
-    return [
-        (key, value, data[low:high])
-        for key, value, low, high in zip(
-            found.keys.tolist(),
-            found.values.tolist(),
-            offsets,
-            offsets[1:],
-            strict=False,
-        )
-    ]
 
 
 def metastore_reads(data: bytes, offset: int = 0) -> Records | None:

@@ -16,8 +16,7 @@ from metastore.columns import Columns
 from metastore.directory import Directory, FileName
 from metastore.format import FILE_HEADER_SIZE, FileHeader
 from metastore.snapshot import SnapshotReader, _Places
-
-Record = tuple[int, int, bytes]
+from verbs import to_columns, to_records
 
 _STORE_ID = bytes(range(16))
 _NUMBER, _SEQUENCE = 1, 7
@@ -25,7 +24,9 @@ _NUMBER, _SEQUENCE = 1, 7
 _SECONDS_MAX = 30
 
 
-def _reader(path: Path, blocks: list[list[Record]], damage: int = -1) -> SnapshotReader:
+def _reader(
+    path: Path, blocks: list[list[oracle.Record]], damage: int = -1
+) -> SnapshotReader:
     """Write a snapshot of these blocks, one of them damaged, and open it."""
     data = bytearray(oracle.write_snapshot(_STORE_ID, _NUMBER, _SEQUENCE, blocks))
     if damage >= 0:
@@ -40,32 +41,9 @@ def _reader(path: Path, blocks: list[list[Record]], damage: int = -1) -> Snapsho
     )
 
 
-def _columns(records: list[Record]) -> Columns:
-    sizes = [len(user_data) for _, _, user_data in records]
-    return Columns(
-        np.array([key for key, _, _ in records], dtype=np.uint64),
-        np.array([value for _, value, _ in records], dtype=np.uint64),
-        np.array([0, *np.cumsum(sizes)], dtype=np.uint64),
-        np.frombuffer(b"".join(data for _, _, data in records), dtype=np.uint8),
-    )
-
-
-def _records(columns: Columns) -> list[Record]:
-    data = columns.user_data.tobytes()
-    ends = columns.offsets.tolist()
-    return [
-        (key, value, data[start:stop])
-        for key, value, start, stop in zip(
-            columns.keys.tolist(),
-            columns.values.tolist(),
-            ends[:-1],
-            ends[1:],
-            strict=True,
-        )
-    ]
-
-
-def _merged(blocks: list[list[Record]], run: list[Record]) -> list[Record]:
+def _merged(
+    blocks: list[list[oracle.Record]], run: list[oracle.Record]
+) -> list[oracle.Record]:
     found = {record[0]: record for block in blocks for record in block}
     found.update({record[0]: record for record in run})
     return [found[key] for key in sorted(found) if found[key][1]]
@@ -73,7 +51,7 @@ def _merged(blocks: list[list[Record]], run: list[Record]) -> list[Record]:
 
 def _random_case(
     dice: random.Random,
-) -> tuple[list[list[Record]], list[Record]]:
+) -> tuple[list[list[oracle.Record]], list[oracle.Record]]:
     """Return blocks of a snapshot, and a run that hits some, misses some, deletes."""
     n_keys = dice.choice([1, 5, 40, 400])
     size = dice.choice([0, 3, 8, 30])
@@ -107,8 +85,10 @@ def test_the_run_wins_and_everything_is_there_once(
     """The seed is part of the test's name."""
     blocks, run = _random_case(random.Random(seed))
     sizes = []
-    found = _reader(tmp_path, blocks).read_merged(_columns(run), threads, sizes.append)
-    assert _records(found) == _merged(blocks, run)
+    found = _reader(tmp_path, blocks).read_merged(
+        to_columns(run), threads, sizes.append
+    )
+    assert to_records(found) == _merged(blocks, run)
     assert len(sizes) == len(blocks)
     assert found.offsets[0] == 0
     assert found.offsets[-1] == len(found.user_data)
@@ -127,19 +107,19 @@ def test_the_run_wins_and_everything_is_there_once(
     ],
     ids=["first", "gap", "last", "a block goes", "all go", "all again", "never there"],
 )
-def test_a_run_beside_the_blocks(tmp_path: Path, run: list[Record]) -> None:
+def test_a_run_beside_the_blocks(tmp_path: Path, run: list[oracle.Record]) -> None:
     blocks = [
         [(key, key, b"data%d" % key) for key in range(start, start + 10)]
         for start in (10, 20, 40, 50)
     ]
-    found = _reader(tmp_path, blocks).read_merged(_columns(run), 2)
-    assert _records(found) == _merged(blocks, run)
+    found = _reader(tmp_path, blocks).read_merged(to_columns(run), 2)
+    assert to_records(found) == _merged(blocks, run)
 
 
 def test_a_snapshot_without_blocks(tmp_path: Path) -> None:
     run = [(1, 1, b"kept"), (2, 0, b"")]
-    found = _reader(tmp_path, []).read_merged(_columns(run), 2)
-    assert _records(found) == run[:1]
+    found = _reader(tmp_path, []).read_merged(to_columns(run), 2)
+    assert to_records(found) == run[:1]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -150,7 +130,7 @@ def test_a_damaged_block_is_told_and_nobody_waits_for_it(
     """Blocks behind it wait for its count, in vain."""
     blocks = [[(10 * n + i, 1, b"data") for i in range(5)] for n in range(20)]
     reader = _reader(tmp_path, blocks, damage)
-    run = _columns([(10 * n + 2, 5, b"") for n in range(20)])
+    run = to_columns([(10 * n + 2, 5, b"") for n in range(20)])
     offset = int(reader.index["offset"][damage])
     with pytest.raises(CorruptionError) as caught:
         reader.read_merged(run, threads)
@@ -177,7 +157,7 @@ def test_an_interrupt_of_the_caller_frees_those_that_wait(
 
     monkeypatch.setattr(snapshot, "merged_size", count)
     with pytest.raises(KeyboardInterrupt):
-        reader.read_merged(_columns([(10 * n + 2, 5, b"") for n in range(20)]), 3)
+        reader.read_merged(to_columns([(10 * n + 2, 5, b"") for n in range(20)]), 3)
     assert interrupted.is_set()
 
 
@@ -187,7 +167,7 @@ def test_every_block_is_counted_once_if_a_thread_cannot_be_started(
 ) -> None:
     """A block that was done a second time waited for ever to be counted again."""
     blocks = [[(10 * n + i, 1, b"data") for i in range(5)] for n in range(20)]
-    run: list[Record] = [(10 * n + 2, 5, b"") for n in range(20)]
+    run: list[oracle.Record] = [(10 * n + 2, 5, b"") for n in range(20)]
     reader = _reader(tmp_path, blocks)
     start, n_asked = threading.Thread.start, itertools.count()
 
@@ -197,8 +177,8 @@ def test_every_block_is_counted_once_if_a_thread_cannot_be_started(
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", start_some)
-    found = reader.read_merged(_columns(run), 4)
-    assert _records(found) == _merged(blocks, run)
+    found = reader.read_merged(to_columns(run), 4)
+    assert to_records(found) == _merged(blocks, run)
 
 
 @pytest.mark.parametrize("n_calls", [2, 3, 5])

@@ -12,12 +12,15 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 import oracle
 from disk import Disk, Image
 from metastore import MetadataStore, Recovered
+from metastore.columns import Columns
 from simulated import SimulatedDirectory
 
 Record = tuple[int, tuple[int, bytes] | None]
@@ -26,6 +29,33 @@ State = dict[int, tuple[int, bytes]]
 
 
 # What a store holds
+
+
+def to_columns(records: Sequence[oracle.Record]) -> Columns:
+    """Put records side by side."""
+    lengths = [len(data) for _, _, data in records]
+    return Columns(
+        np.array([key for key, _, _ in records], dtype=np.uint64),
+        np.array([value for _, value, _ in records], dtype=np.uint64),
+        np.cumsum([0, *lengths], dtype=np.uint64),
+        np.frombuffer(b"".join(data for _, _, data in records), dtype=np.uint8),
+    )
+
+
+def to_records(found: Columns) -> list[oracle.Record]:
+    """Return columns as records."""
+    offsets = found.offsets.tolist()
+    data = found.user_data.tobytes()
+    return [
+        (key, value, data[low:high])
+        for key, value, low, high in zip(
+            found.keys.tolist(),
+            found.values.tolist(),
+            offsets,
+            offsets[1:],
+            strict=False,
+        )
+    ]
 
 
 def content(recovered: Iterable[tuple[int, int, bytes]]) -> State:
