@@ -73,14 +73,20 @@ cdef enum:
     # Frames of one write: with the zeros fewer than the 1,024 that Linux takes.
     GROUP_MAX = 1000
     # In place of an errno: a method of the file has raised; nothing was tried, since
-    # nothing may be written any more; all is written, but the log has to rotate.
+    # nothing may be written any more; all is written, but the log has to rotate; the
+    # log has its end frame, and what were written behind it would never be read.
     RAISED = -1
     REFUSED = -2
     DUE = -3
+    SEALED = -4
 
 
 cdef class Tail:
     """The end of the active log: where the next frame goes. One thread at a time.
+
+    After a failure, and behind an end frame, nothing is written or synced any more: a
+    sync tried again may succeed although what it failed to write is lost. That is kept
+    here, where no interrupt can come between the failure and its keeping.
 
     Parameters
     ----------
@@ -108,6 +114,8 @@ cdef class Tail:
     cdef uint64_t _zeroed_size
     cdef uint64_t _ahead_size_min
     cdef object _raised
+    #: Why nothing may be written any more: an errno, RAISED or SEALED; else 0.
+    cdef int _ended
 
     def __init__(
         self, file, str path, uint32_t seed, uint64_t sequence, uint64_t size,
@@ -120,27 +128,39 @@ cdef class Tail:
         self.sequence = sequence
         self.size = size
         self._zeroed_size = self._ahead_size_min = zeroed_size
+        self._ended = 0
+
+    @property
+    def failure(self):
+        """What ended it: an exception, or None."""
+        return self.error(self._ended) if self._ended else None
 
     def seal(self, bytearray end not None):
         """Write a started end frame and make it durable; all before must be already."""
         cdef iovec buffers[2]
         cdef uint64_t last = self.sequence - 1
         cdef int error
+        if self._ended:
+            raise self.error(self._ended)
         _point_at(buffers, end)
         ms_finish_frame(<uint8_t*>buffers[0].iov_base, self._seed, last, last)
         with nogil:
             error = self._write(buffers, 1)
             if not error:
                 error = self.sync()
+            if not error:
+                self._ended = SEALED
         if error:
             raise self.error(error)
 
     cdef int append(self, iovec* frames, int n, uint64_t durable) noexcept nogil:
-        """Number and write `n` started frames; return 0, an errno or RAISED.
+        """Number and write `n` started frames; return 0 or what ended the log.
 
         There is room for one more behind `frames`, which are changed.
         """
         cdef int i, error
+        if self._ended:
+            return self._ended
         for i in range(n):
             ms_finish_frame(
                 <uint8_t*>frames[i].iov_base, self._seed, self.sequence + i, durable
@@ -167,6 +187,7 @@ cdef class Tail:
             error = self._write_by_method(buffers, n)
         if not error:
             self.size += size
+        self._ended = error
         return error
 
     cdef int _write_by_method(self, iovec* buffers, int n) noexcept nogil:
@@ -186,7 +207,12 @@ cdef class Tail:
         return 0
 
     cdef int sync(self) noexcept nogil:
-        """Make everything written durable; return 0, an errno or RAISED."""
+        """Make everything written durable; return 0 or what ended the log."""
+        if not self._ended:
+            self._ended = self._sync()
+        return self._ended
+
+    cdef int _sync(self) noexcept nogil:
         if self._descriptor >= 0:
             while ms_sync(self._descriptor) < 0:
                 if errno != EINTR:
@@ -204,6 +230,8 @@ cdef class Tail:
         """Return the exception for what `append` or `sync` has returned."""
         if number == RAISED:
             return self._raised
+        if number == SEALED:
+            return RuntimeError(f"no log has followed the sealed one ({self._path})")
         return OSError(number, strerror(number).decode(), self._path)
 
 
@@ -281,7 +309,8 @@ cdef class GroupCommit:
     #: who leads, the latter by anyone.
     cdef public Tail tail
     cdef public uint64_t size_max
-    #: Whether anything may be written; once cleared it stays so.
+    #: Whether anything may be written; once cleared, by :meth:`close` or by a failure,
+    #: it stays so.
     cdef readonly bint is_open
     #: The newest sequence that is durable.
     cdef readonly uint64_t durable
@@ -327,6 +356,17 @@ cdef class GroupCommit:
     def close(self):
         """Let nothing more be written; who waits fails."""
         self.is_open = False
+
+    @property
+    def is_led_here(self):
+        """Whether this thread leads: as a signal handler amid a rotation finds it."""
+        pthread_mutex_lock(&self._mutex)
+        cdef bint is_led = self._is_led_here()
+        pthread_mutex_unlock(&self._mutex)
+        return is_led
+
+    cdef bint _is_led_here(self) noexcept:
+        return self._is_led and self._leader == ms_thread()
 
     def commit(self, bytearray frame, bint sync):
         """Return when a started frame was written by this thread or another, or raise.
@@ -383,7 +423,7 @@ cdef class GroupCommit:
         if frame is not None:
             _point_at(&buffer, frame)
         pthread_mutex_lock(&self._mutex)  # nobody keeps it for long, or with the GIL
-        if self._is_led and self._leader == ms_thread():
+        if self._is_led_here():
             pthread_mutex_unlock(&self._mutex)
             raise RuntimeError("this thread is in the middle of a commit already")
         request = self._free
@@ -504,6 +544,8 @@ cdef class GroupCommit:
                 self.n_batches += n
         if sync and not error:
             error = self._sync()
+        if error:
+            self.is_open = False  # before anybody is told: a signal handler may run
         return error
 
     cdef int _sync(self) noexcept nogil:
@@ -522,6 +564,7 @@ cdef class GroupCommit:
         with nogil:
             error = self._sync()
         if error:
+            self.is_open = False
             raise self.tail.error(error)
 
     cdef void _hand_on(self) noexcept nogil:

@@ -189,8 +189,9 @@ class Engine:
             )
         if self._is_closed:
             raise StoreClosedError(f"the store was shut down ({self._directory.path})")
-        if self._failure is not None:
-            raise self._failed()
+        if self._commits.is_open:
+            return
+        raise self._failed()
 
     def _failed(self) -> StoreFailedError:
         cause = self._failure
@@ -200,16 +201,21 @@ class Engine:
             f"at the next recovery: close it and recover it again "
             f"({self._directory.path})"
         )
+        failure = self._commits.tail.failure
+        if self._failure is None and failure is not None:
+            self._fail(failure)  # who was to tell us was interrupted before
         error.__cause__ = cause
         return error
 
     def _fail(self, error: BaseException) -> None:
         """Keep the first failure; it is never cleared."""
         with self._mutex:
-            if self._failure is None:
+            is_first = self._failure is None
+            if is_first:
                 self._failure = error
-                self._commits.close()
-                _logger.error("the store failed (%s): %s", self._directory.path, error)
+            self._commits.close()
+        if is_first:  # not with the mutex: who handles it may ask for the stats
+            _logger.error("the store failed (%s): %s", self._directory.path, error)
 
     def stats(self) -> StoreStats:
         """Return how the store stands."""
@@ -453,9 +459,10 @@ class Engine:
                     self._prepared = None
 
     def forget_after_fork(self) -> None:
-        """In a forked child: let go of the descriptors, and with them of the lock."""
+        """In a forked child: let go of the files; their directory does of the lock."""
         self.is_forked = True
-        self._mutex = threading.Lock()  # the parent's may be held for ever here
+        self._commits.close()
+        self._mutex = threading.RLock()  # the parent's may be held for ever here
         if self._prepared is not None:
             self._prepared[1].close()
         self._log.close()

@@ -3,13 +3,14 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <signal.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
 enum { NONE, PWRITEV, FDATASYNC };
 enum { SHORT = -1, NO_PROGRESS = -2 }; /* in place of an errno */
 
-static int planned_call, planned_at, planned_error, planned_forever;
+static int planned_call, planned_at, planned_error, planned_forever, interrupts;
 static int calls[3];
 
 /* Let call number `at` from now on, from 1, fail. */
@@ -21,11 +22,19 @@ void failing_calls_plan(int call, int at, int error, int forever) {
     calls[PWRITEV] = calls[FDATASYNC] = 0;
 }
 
+/* Have the calling thread get a SIGINT with every failure. */
+void failing_calls_interrupt(int yes) { interrupts = yes; }
+
 int failing_calls_count(int call) { return calls[call]; }
 
 static int fails(int call) {
     int at = ++calls[call];
-    return call == planned_call && (planned_forever ? at >= planned_at : at == planned_at);
+    int now = planned_forever ? at >= planned_at : at == planned_at;
+    if (call != planned_call || !now)
+        return 0;
+    if (interrupts)
+        raise(SIGINT);
+    return 1;
 }
 
 /* The name that it has where sizes of files have 64 bits, whatever longs have. */

@@ -225,6 +225,74 @@ def test_a_commit_within_a_commit_is_refused() -> None:
     assert commits.commit(frame(), True) == 2
 
 
+def test_a_failure_is_kept_though_who_is_told_of_it_is_interrupted() -> None:
+    """A sync tried again succeeded, and what it had lost was acknowledged.
+
+    The failure was kept in Python only: there a signal handler that raises came between
+    the failed call and its keeping.
+    """
+    file = File()
+    failures = []
+
+    def interrupted(error: BaseException) -> None:
+        failures.append(error)
+        raise KeyboardInterrupt
+
+    tail = Tail(file, file.path, seed=1, sequence=1, size=0, zeroed_size=512)
+    commits = GroupCommit(tail, interrupted, RefusedError, lambda: None)
+    commits.commit(frame(), True)
+    assert tail.failure is None
+
+    def fail() -> None:
+        del file.sync  # the next one would succeed
+        raise OSError(errno.EIO, "injected")
+
+    file.sync = fail
+    with pytest.raises(KeyboardInterrupt):
+        commits.commit(frame(), True)
+    assert not commits.is_open
+    assert failures == [tail.failure]
+    calls = list(file.calls)
+    for attempt in (
+        lambda: commits.commit(frame(), True),
+        lambda: commits.commit(None, True),
+    ):
+        with pytest.raises(RefusedError):
+            attempt()
+    with pytest.raises(OSError, match="injected"):
+        commits.exclusively(commits.sync_now)
+    with pytest.raises(OSError, match="injected"):
+        tail.seal(frame())
+    assert (file.calls, commits.durable) == (calls, 1)
+
+
+@pytest.mark.parametrize("kind", ["write", "sync", None])
+def test_nothing_is_written_behind_an_end_frame(kind: str | None) -> None:
+    """What stands behind it would never be read, whether it became durable or not."""
+    file = File()
+    failures: list[BaseException] = []
+    tail = Tail(file, file.path, seed=1, sequence=1, size=0, zeroed_size=512)
+    commits = GroupCommit(tail, failures.append, RefusedError, lambda: None)
+    commits.commit(frame(), True)
+
+    def fail(*_: object) -> None:
+        delattr(file, kind)
+        raise OSError(errno.EIO, "injected")
+
+    if kind is None:
+        tail.seal(frame())
+    else:
+        setattr(file, kind, fail)
+        with pytest.raises(OSError, match="injected"):
+            tail.seal(frame())
+    calls = list(file.calls)
+    with pytest.raises(RefusedError):
+        commits.commit(frame(), True)
+    assert file.calls == calls
+    (failure,) = failures
+    assert ("injected" if kind else "sealed") in str(failure)
+
+
 def test_half_a_header_is_refused() -> None:
     file = File()
     commits = group_commit(file)
@@ -282,13 +350,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def run_with_failure(
-    library: Path, path: Path, n_threads: int, *plan: int
-) -> tuple[list[int], list[list[Any]], list[int]]:
-    """Return keys whose call returned, causes of those that raised, and calls."""
+def run_with_library(library: Path, script: str, *arguments: object) -> Any:
+    """Run a script above failing calls; return what it prints."""
     preload = ":".join(filter(None, [os.environ.get("LD_PRELOAD"), str(library)]))
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(path), str(n_threads), *map(str, plan)],
+        [sys.executable, "-c", script, *map(str, arguments)],
         env={**os.environ, "LD_PRELOAD": preload},
         capture_output=True,
         text=True,
@@ -296,7 +362,14 @@ def run_with_failure(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    returned, raised, calls = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def run_with_failure(
+    library: Path, path: Path, n_threads: int, *plan: int
+) -> tuple[list[int], list[list[Any]], list[int]]:
+    """Return keys whose call returned, causes of those that raised, and calls."""
+    returned, raised, calls = run_with_library(library, SCRIPT, path, n_threads, *plan)
     return returned, raised, calls
 
 
@@ -350,3 +423,75 @@ def test_a_failed_call_sticks(library, tmp_path, n_threads, forever, call, error
         found = recovered_keys(path)
         assert set(returned) <= found
         assert len(found - set(returned)) <= n_threads
+
+
+# A failed call and a signal at once
+
+INTERRUPTED = """
+import ctypes, errno, json, os, sys
+from metastore import MetadataStore, StoreFailedError
+
+path, where, call = sys.argv[1], sys.argv[2], int(sys.argv[3])
+library = ctypes.CDLL(None)
+store, _ = MetadataStore.recover(path)
+store.insert_batch([(0, (1, b"before"))])
+store.compact()  # so that nothing goes on behind our back
+returned, raised = [0], []
+key = 1
+
+def commit(sync=True):
+    global key
+    try:
+        store.insert_batch([(key, (key, bytes(1000)))], sync=sync)
+        returned.append(key)
+    except (KeyboardInterrupt, StoreFailedError) as error:
+        cause = error.__cause__
+        raised.append([type(error).__name__, cause and cause.errno])
+    key += 1
+
+at = 1
+if where == "seal":
+    while store.stats().log_size < (1 << 16) - 1000:
+        commit()
+    at = 2  # behind those of the batch that makes the rotation due
+library.failing_calls_plan(call, at, errno.EIO, 0)
+library.failing_calls_interrupt(1)
+commit()
+failed = [library.failing_calls_count(number) for number in (1, 2)]
+for _ in range(3):
+    commit()
+commit(sync=False)
+for end in (store.sync, store.shutdown):
+    try:
+        end()
+    except StoreFailedError as error:
+        raised.append([type(error).__name__, error.__cause__.errno])
+    else:
+        raised.append(None)
+calls = [library.failing_calls_count(number) for number in (1, 2)]
+print(json.dumps([returned, raised, failed, calls]), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("where", ["commit", "seal"])
+@pytest.mark.parametrize("call", [PWRITEV, FDATASYNC])
+def test_a_signal_beside_a_failure_hides_nothing(library, tmp_path, where, call):
+    """Ctrl-C while a disk stalls, which then fails: batches were acknowledged and lost.
+
+    The handler ran before the failure was kept. The next sync succeeded without what
+    the failed one had lost; and behind an end frame whose sync had failed the log was
+    gone on with, where nobody reads.
+    """
+    path = tmp_path / "db"
+    returned, raised, failed, calls = run_with_library(
+        library, INTERRUPTED, path, where, call
+    )
+    assert raised[0] == ["KeyboardInterrupt", None]
+    assert raised[1:5] == [["StoreFailedError", errno.EIO]] * 4
+    assert raised[5][1] == errno.EIO
+    assert raised[6] is None or raised[6][1] == errno.EIO
+    assert calls == failed  # nothing was tried again
+    found = recovered_keys(path)
+    assert set(returned) <= found
+    assert len(found - set(returned)) <= 1
