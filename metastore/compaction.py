@@ -249,6 +249,7 @@ def _read_run(
         if content.damage is not None:
             raise content.damage
         parts += content.parts
+        content.parts = []  # or what it holds would outlive the joining of the parts
     return sort_last_wins(concatenate(parts), threads)
 
 
@@ -271,8 +272,6 @@ def _write_jobs(
             if reader
         ]
         merged = merge(concatenate(old), run.part(job.run_start, job.run_stop))
-        if len(merged) and not merged.values.all():
-            merged = merge(Columns.allocate(0, 0), merged)
         return [
             (part, encode(KIND_BLOCK, part, level))
             for part in split_into_blocks(merged)
@@ -316,9 +315,11 @@ class Compactor:
     ) -> None:
         self._on_failure = on_failure
         self._changed = threading.Condition()
-        self._tasks: list[Callable[[], Any]] = []
+        self._tasks: list[tuple[Callable[[], Any], bool]] = []
         self._is_busy = False
+        self._is_brief = False  # what it is busy with
         self._is_stopping = False
+        self._last: Callable[[], Any] | None = None
         self._thread: threading.Thread | None = None
         if not inline:
             # A daemon, since interpreter exit must not wait for a forgotten store.
@@ -327,18 +328,18 @@ class Compactor:
             )
             self._thread.start()
 
-    def submit(self, task: Callable[[], Any]) -> None:
-        """Queue a task."""
+    def submit(self, task: Callable[[], Any], *, is_brief: bool = False) -> None:
+        """Queue a task; a brief one waits for no other thread."""
         with self._changed:
             if self._is_stopping:
                 return
-            self._tasks.append(task)
+            self._tasks.append((task, is_brief))
             self._changed.notify_all()
         if self._thread is None:
             self._run_next()
 
     def wait_idle(self) -> None:
-        """Return when every task submitted so far has ended."""
+        """Return when no task runs and none waits."""
         with self._changed:
             self._changed.wait_for(lambda: not self._tasks and not self._is_busy)
 
@@ -350,6 +351,23 @@ class Compactor:
             self._changed.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+
+    def stop_then(self, last: Callable[[], Any]) -> None:
+        """Stop, and have `last` done when no task runs; wait for a brief one only.
+
+        Any thread may call it, also one that the running task waits for, or its own.
+        """
+        with self._changed:
+            self._is_stopping = True
+            self._tasks.clear()
+            self._changed.notify_all()
+            here = threading.current_thread()
+            if self._is_brief and self._thread not in (None, here):
+                self._changed.wait_for(lambda: not self._is_busy)
+            if self._is_busy:
+                self._last = last
+            else:
+                last()
 
     def _work(self) -> None:
         _yield_to_commits()
@@ -364,7 +382,7 @@ class Compactor:
         with self._changed:
             if not self._tasks:
                 return
-            task = self._tasks.pop(0)
+            task, self._is_brief = self._tasks.pop(0)
             self._is_busy = True
         try:
             task()
@@ -377,3 +395,5 @@ class Compactor:
             with self._changed:
                 self._is_busy = False
                 self._changed.notify_all()
+                if self._last is not None:
+                    self._last()

@@ -15,6 +15,7 @@ import mmap
 import os
 import re
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -173,7 +174,7 @@ class FileProtocol(Protocol):
         ...
 
     def fetch(self, offset: int, size: int) -> None:
-        """Read a part into the page cache; what cannot be read is left out."""
+        """Read a part into the page cache, as far as the system can; raise EIO."""
         ...
 
     def close(self) -> None:
@@ -301,10 +302,17 @@ class File:
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def fetch(self, offset: int, size: int) -> None:
-        """Read a part into the page cache; what cannot be read is left out."""
+        """Read a part into the page cache, as far as the system can.
+
+        Raises
+        ------
+        OSError
+            EIO, if the medium cannot be read: who touched that part of a map would get
+            a signal instead, which ends the process.
+        """
         scratch = memoryview(bytearray(min(size, _SCRATCH_SIZE)))
         end = offset + size
-        with contextlib.suppress(OSError):  # whoever needs the part will meet it
+        try:
             while offset < end:
                 n_whole, rest = divmod(end - offset, len(scratch))
                 buffers = [scratch] * min(n_whole, _BUFFERS_MAX) or [scratch[:rest]]
@@ -312,6 +320,9 @@ class File:
                 if n_read == 0:
                     break
                 offset += n_read
+        except OSError as error:
+            if error.errno == errno.EIO:
+                raise OSError(error.errno, error.strerror, self.path) from error
 
     def close(self) -> None:
         """Give the descriptor back; idempotent. Maps stay valid."""
@@ -365,6 +376,7 @@ class Directory:
 
     def lock(self) -> None:
         """Take the exclusive lock at once, or raise StoreLockedError."""
+        _locked.add(self)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -453,6 +465,19 @@ class Directory:
             os.close(descriptor)
 
 
+#: Directories whose descriptor holds, or held, a lock. A forked child shares it, and
+#: the lock lasts as long as anybody has it: so a child gives it back.
+_locked: weakref.WeakSet[Directory] = weakref.WeakSet()
+
+
+def _unlock_after_fork() -> None:
+    for directory in list(_locked):
+        directory.close()
+
+
+os.register_at_fork(after_in_child=_unlock_after_fork)
+
+
 def release_pages(view: memoryview, start: int, stop: int) -> None:
     """Give the pages of a part of a map that was read back to the page cache.
 
@@ -462,7 +487,8 @@ def release_pages(view: memoryview, start: int, stop: int) -> None:
         start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         size = stop // mmap.PAGESIZE * mmap.PAGESIZE - start
         if size > 0:
-            view.obj.madvise(mmap.MADV_DONTNEED, start, size)
+            with contextlib.suppress(OSError):  # as where all memory is locked
+                view.obj.madvise(mmap.MADV_DONTNEED, start, size)
 
 
 def is_cached(view: memoryview, step: int) -> bool:
@@ -489,11 +515,13 @@ def scattered_reads(view: memoryview) -> Iterator[None]:
     if not isinstance(view.obj, mmap.mmap):
         yield
         return
-    view.obj.madvise(mmap.MADV_RANDOM)
+    with contextlib.suppress(OSError):  # a hint, no more
+        view.obj.madvise(mmap.MADV_RANDOM)
     try:
         yield
     finally:
-        view.obj.madvise(mmap.MADV_NORMAL)
+        with contextlib.suppress(OSError):
+            view.obj.madvise(mmap.MADV_NORMAL)
 
 
 def publish(directory: DirectoryProtocol, name: FileName) -> None:

@@ -46,6 +46,9 @@ _logger = logging.getLogger(__name__)
 
 #: More bytes than a log ever holds.
 _UNBOUNDED = 1 << 62
+#: More sealed logs than this are compacted however small they are: each is a file, and
+#: every opening of the store leaves one that was written to.
+_N_LOGS_MAX = 256
 #: A log this long, or as long as what a compaction has in hand, ends its rests.
 _BACKLOG_SIZE_MIN = 64 << 20
 
@@ -130,17 +133,21 @@ class Engine:
         log: LogWriter,
     ) -> None:
         self._directory = directory
-        self._options = options
+        # Not what progress is told to: it may well hold what holds the store.
+        self._options = dataclasses.replace(options, progress=None)
         self._store_id = store_id
         self._log = log
         self._failure: BaseException | None = None
         self._is_failure_told = False
         self._is_closed = False
+        #: Whether files, thread and lock were given up.
+        self.is_released = False
         self.is_forked = False
-        # Guards what the leader and the compaction thread both change.
-        self._mutex = threading.Lock()
+        # Guards what the leader and the compaction thread both change. This one and
+        # that of the shutdown may be asked for by a signal handler amid it.
+        self._mutex = threading.RLock()
         self._prepare_mutex = threading.Lock()
-        self._shutdown_mutex = threading.Lock()
+        self._shutdown_mutex = threading.RLock()
         self._prepared: tuple[FileName, FileProtocol] | None = None
         self._snapshot = content.plan.snapshot
         self._snapshot_size = content.snapshot.size if content.snapshot else 0
@@ -167,7 +174,7 @@ class Engine:
             self._pace.hurry()  # who compacts is who commits: a rest would help nobody
         self._compactor = Compactor(self._fail, options.inline)
         _engines.add(self)
-        self._compactor.submit(self._prepare_next)
+        self._compactor.submit(self._prepare_next, is_brief=True)
         self._compact_if_due()
 
     def __str__(self) -> str:
@@ -182,6 +189,8 @@ class Engine:
 
     def check(self) -> None:
         """Raise if the store cannot be written to."""
+        if self._commits.is_open:
+            return
         if self.is_forked:
             raise StoreClosedError(
                 "the store belongs to the parent of this forked process: recover it "
@@ -189,11 +198,12 @@ class Engine:
             )
         if self._is_closed:
             raise StoreClosedError(f"the store was shut down ({self._directory.path})")
-        if self._commits.is_open:
-            return
         raise self._failed()
 
     def _failed(self) -> StoreFailedError:
+        failure = self._commits.tail.failure
+        if self._failure is None and failure is not None:
+            self._fail(failure)  # who was to tell us was interrupted before
         cause = self._failure
         self._is_failure_told = True
         error = StoreFailedError(
@@ -201,9 +211,6 @@ class Engine:
             f"at the next recovery: close it and recover it again "
             f"({self._directory.path})"
         )
-        failure = self._commits.tail.failure
-        if self._failure is None and failure is not None:
-            self._fail(failure)  # who was to tell us was interrupted before
         error.__cause__ = cause
         return error
 
@@ -308,7 +315,7 @@ class Engine:
                 self._n_rotations += 1
                 self._set_size_max()
         old.close()
-        self._compactor.submit(self._prepare_next)
+        self._compactor.submit(self._prepare_next, is_brief=True)
 
     def _take_prepared(self, name: FileName) -> FileProtocol | None:
         if self._prepared is None:
@@ -331,7 +338,7 @@ class Engine:
     # ---- compaction ----
 
     def _compact_if_due(self) -> None:
-        if self._waiting() > self._limit():
+        if self._waiting() > self._limit() or len(self._sealed) > _N_LOGS_MAX:
             self._compactor.submit(self._compact_for_commits)
 
     def _backlog(self) -> float:
@@ -370,6 +377,8 @@ class Engine:
             self._compacting = []
             self._set_size_max()
             self._n_compactions += 1
+        # What was sealed meanwhile may be too much beside a smaller snapshot.
+        self._compact_if_due()
 
     def compact(self) -> None:
         """Bring every batch so far into a snapshot; return when it is durable."""
@@ -402,11 +411,14 @@ class Engine:
         """Seal the log, end the thread, close every file, free the lock; idempotent.
 
         A failure that no caller was told of yet is raised here, after all is closed.
+        After an interrupt it may be called again.
         """
         if self.is_forked:
             return
+        if self._commits.is_led_here:
+            raise RuntimeError("this thread is in the middle of a commit already")
         with self._shutdown_mutex:  # who comes second returns when all is done
-            if not self._is_closed:
+            if not self.is_released:
                 self._shut_down()
 
     def _shut_down(self) -> None:
@@ -414,7 +426,8 @@ class Engine:
         self._pace.hurry()
         self._compactor.stop()
         try:
-            if self._failure is None:
+            # Meanwhile a signal handler may have done it all.
+            if not self._is_closed and self._failure is None:
                 self._commits.exclusively(self._seal)
         finally:
             self.abandon()
@@ -443,20 +456,27 @@ class Engine:
         self._commits.close()
 
     def abandon(self) -> None:
-        """Give up files, thread and lock without another write; idempotent."""
+        """Give up files, thread and lock without another write; idempotent.
+
+        It waits for no compaction, since the garbage collector calls it in any thread:
+        one that the compaction needs, or its own. If one is under way, that ends first
+        and gives all of it up then.
+        """
         if self.is_forked:
             return
         self._commits.exclusively(self._close)
-        _engines.discard(self)
         self._pace.hurry()
-        self._compactor.stop()
+        self._compactor.stop_then(self._release)
+
+    def _release(self) -> None:
         with contextlib.ExitStack() as stack:  # the lock goes even if a close fails
             stack.callback(self._directory.close)
             stack.callback(self._log.close)
-            with self._prepare_mutex:
-                if self._prepared is not None:
-                    stack.callback(self._prepared[1].close)
-                    self._prepared = None
+            if self._prepared is not None:
+                stack.callback(self._prepared[1].close)
+                self._prepared = None
+        self.is_released = True
+        _engines.discard(self)
 
     def forget_after_fork(self) -> None:
         """In a forked child: let go of the files; their directory does of the lock."""
@@ -466,7 +486,6 @@ class Engine:
         if self._prepared is not None:
             self._prepared[1].close()
         self._log.close()
-        self._directory.close()
 
 
 #: Stores of this process, so that a forked child can let go of them.

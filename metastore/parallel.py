@@ -40,7 +40,8 @@ def ordered_map(
     too, and would only take turns with the others if there were more threads than
     processors. When they are busy it does the first item that none of them has begun;
     so an item may wait for something that those before it do. If the end comes early
-    some of those are never begun: `on_end` has to free who waits.
+    some of those are never begun: `on_end` has to free who waits. It is not called with
+    one thread, where nobody does.
     """
     if threads <= 1:
         yield from map(function, items)
@@ -51,9 +52,12 @@ def ordered_map(
 
         def first_result() -> Result:
             item, future = under_way.popleft()
-            if caller_works and future.cancel():
-                return function(item)
-            return future.result()
+            try:
+                if caller_works and future.cancel():
+                    return function(item)
+                return future.result()
+            finally:
+                del future
 
         try:
             for item in items:
@@ -97,8 +101,11 @@ def map_at_once(
         return list(map(function, items))
     first, *others = items
     with ThreadPoolExecutor(len(others), thread_name_prefix="metastore") as pool:
-        under_way = [submit(pool, function, item) for item in others]
-        return [function(first), *(future.result() for future in under_way)]
+        under_way = deque(submit(pool, function, item) for item in others)
+        results = [function(first)]
+        while under_way:
+            results.append(under_way.popleft().result())
+        return results
 
 
 def submit(
@@ -111,27 +118,48 @@ def submit(
     """
     future: Future[Result] = Future()
     try:
-        pool.submit(_run, future, function, item)
+        pool.submit(_run, [future], function, item)
     except RuntimeError:  # too many threads, or the interpreter exits
         if future.cancel():
             return _done(function, item)
     return future
 
 
+# An error holds the frames that it has passed, and those that called them. Where one of
+# them holds its future, both live on, with whole columns, until the garbage collector
+# comes: so none of these frames keeps one.
+
+
 def _run(
-    future: Future[Result], function: Callable[[Item], Result], item: Item
+    futures: list[Future[Result]], function: Callable[[Item], Result], item: Item
 ) -> None:
-    if future.set_running_or_notify_cancel():
-        try:
-            future.set_result(function(item))
-        except BaseException as error:
-            future.set_exception(error)
+    future = futures.pop()
+    try:
+        if future.set_running_or_notify_cancel():
+            _do(future, function, item, BaseException)
+    finally:
+        del future
 
 
 def _done(function: Callable[[Item], Result], item: Item) -> Future[Result]:
     future: Future[Result] = Future()
     try:
+        _do(future, function, item, Exception)
+        return future
+    finally:
+        del future
+
+
+def _do(
+    future: Future[Result],
+    function: Callable[[Item], Result],
+    item: Item,
+    errors: type[BaseException],
+) -> None:
+    """Do an item for its future, which keeps the result or one of these errors."""
+    try:
         future.set_result(function(item))
-    except Exception as error:
+    except errors as error:
         future.set_exception(error)
-    return future
+    finally:
+        del future

@@ -1,22 +1,22 @@
 """What a directory means: decide by plan, read, then act.
 
 ``make_plan`` is pure: names and headers in, a plan out. ``read`` changes nothing.
-Only ``settle`` writes, and it removes a file only after what contains it was read
-whole.
+``settle`` keeps what is dropped; ``remove_obsolete`` removes a file only after what
+contains it was read whole.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from metastore.columns import Columns, Recovered, concatenate, merge, sort_last_wins
 from metastore.directory import (
     QUARANTINE,
     DirectoryProtocol,
     FileName,
-    FileProtocol,
     Listing,
     parse_listing,
 )
@@ -73,9 +73,10 @@ class Plan:
     listing: Listing
 
     @property
-    def sequence(self) -> int:
-        """The first sequence that a log must have."""
-        return self.logs[0][1].sequence if self.logs else 1
+    def files(self) -> list[FileName]:
+        """What is to be read: the snapshot, then the logs."""
+        snapshot = [self.snapshot] if self.snapshot else []
+        return [*snapshot, *(name for name, _ in self.logs)]
 
 
 def read_headers(directory: DirectoryProtocol, listing: Listing) -> Headers:
@@ -306,23 +307,17 @@ def read(
     CorruptionError
         For damage in the snapshot; in a log too unless `stop_at_damage`.
     """
-    names = [
-        *([plan.snapshot] if plan.snapshot else []),
-        *(name for name, _ in plan.logs),
-    ]
-    files: dict[FileName, FileProtocol] = {}
-    try:
-        for name in names:
-            files[name] = directory.open(str(name))
-        total = sum(file.size() for file in files.values())
-        counter = _Counter(total, progress)
-        content = Content(
-            plan, Columns.allocate(0, 0), 0, [], None, 0, total, None, [], None
+    total = sum(_sizes(directory, plan.files).values())
+    counter = _Counter(total, progress)
+    content = Content(
+        plan, Columns.allocate(0, 0), 0, [], None, 0, total, None, [], None
+    )
+    content.damage = plan.damage
+    content.set_aside = list(plan.set_aside)
+    with _open_snapshot(directory, content) as reader:
+        parts = _read_logs(
+            directory, content, threads, counter, settle_log, stop_at_damage
         )
-        content.damage = plan.damage
-        content.set_aside = list(plan.set_aside)
-        reader = _open_snapshot(content, files)
-        parts = _read_logs(content, files, threads, counter, settle_log, stop_at_damage)
         run = sort_last_wins(concatenate(parts), threads, reuse=True)
         if reader is None:
             content.columns = merge(Columns.allocate(0, 0), run, threads)
@@ -330,32 +325,42 @@ def read(
             content.columns = reader.read_all(threads, counter.add)
         else:
             content.columns = reader.read_merged(run, threads, counter.add)
-    finally:
-        for file in files.values():
-            file.close()
     counter.add(total)
     return content
 
 
+def _sizes(
+    directory: DirectoryProtocol, names: Iterable[FileName]
+) -> dict[FileName, int]:
+    """Return the sizes of files in bytes, one open at a time: there may be many."""
+    sizes = {}
+    for name in names:
+        with contextlib.closing(directory.open(str(name))) as file:
+            sizes[name] = file.size()
+    return sizes
+
+
+@contextlib.contextmanager
 def _open_snapshot(
-    content: Content, files: Mapping[FileName, FileProtocol]
-) -> SnapshotReader | None:
+    directory: DirectoryProtocol, content: Content
+) -> Iterator[SnapshotReader | None]:
     name = content.plan.snapshot
     if name is None:
-        return None
-    file = files[name]
-    data = bytes(file.read(0, FILE_HEADER_SIZE))
-    header = FileHeader.unpack(data, name.kind, name.number, file.path)
-    reader = SnapshotReader(file, header)
-    content.snapshot = reader
-    content.n_blocks = reader.n_blocks
-    content.sequence = header.sequence
-    return reader
+        yield None
+        return
+    with contextlib.closing(directory.open(str(name))) as file:
+        data = bytes(file.read(0, FILE_HEADER_SIZE))
+        header = FileHeader.unpack(data, name.kind, name.number, file.path)
+        reader = SnapshotReader(file, header)
+        content.snapshot = reader
+        content.n_blocks = reader.n_blocks
+        content.sequence = header.sequence
+        yield reader
 
 
 def _read_logs(
+    directory: DirectoryProtocol,
     content: Content,
-    files: Mapping[FileName, FileProtocol],
     threads: int,
     counter: _Counter,
     settle_log: bool,
@@ -364,24 +369,25 @@ def _read_logs(
     logs = content.plan.logs
     parts: list[Columns] = []
     for i, (name, header) in enumerate(logs):
-        file = files[name]
-        is_newest = i + 1 == len(logs)
-        is_durable = not is_newest or (settle_log and ends_sealed(file, header))
-        if settle_log and not is_durable:
-            file.sync()
-            file.drop_cache()
-        log = read_log(
-            file,
-            header,
-            bound=None if is_newest else logs[i + 1][1].sequence,
-            mapped=is_durable,
-            threads=threads,
-            on_bytes=counter.add,
-        )
+        bound = logs[i + 1][1].sequence if i + 1 < len(logs) else None
+        with contextlib.closing(directory.open(str(name))) as file:
+            is_durable = bound is not None or (settle_log and ends_sealed(file, header))
+            if settle_log and not is_durable:
+                file.sync()
+                file.drop_cache()
+            log = read_log(
+                file,
+                header,
+                bound=bound,
+                mapped=is_durable,
+                threads=threads,
+                on_bytes=counter.add,
+            )
+            size = file.size()
         parts += log.parts
         log.parts = []
         content.sequence = log.sequence - 1
-        content.logs.append((name, log, file.size()))
+        content.logs.append((name, log, size))
         if log.damage is None:
             continue
         if not stop_at_damage:
@@ -407,8 +413,8 @@ def _read_logs(
 def settle(directory: DirectoryProtocol, content: Content) -> tuple[str, ...]:
     """Keep in ``quarantine/`` what a recovery drops or sets aside; durable on return.
 
-    Nothing is removed: damaged files are moved, or copied where their beginning is
-    still needed. A crash on the way leaves a directory that recovers the same.
+    Damaged files are moved, or copied where their beginning is still needed. A crash
+    on the way leaves a directory that recovers the same. The newest torn tails stay.
 
     Returns
     -------
@@ -612,11 +618,7 @@ def inspect(
     """
     started = time.perf_counter()
     listing = parse_listing(directory.names())
-    sizes = {}
-    for name in (*listing.snapshots, *listing.logs):
-        file = directory.open(str(name))
-        sizes[name] = file.size()
-        file.close()
+    sizes = _sizes(directory, (*listing.snapshots, *listing.logs))
     try:
         headers = read_headers(directory, listing)
     except FormatVersionError as error:

@@ -43,8 +43,8 @@ class MetadataStore:
         if not isinstance(engine, Engine):
             raise TypeError("a MetadataStore is made by MetadataStore.recover(path)")
         self._engine = engine
-        # Not __del__: it would run at any moment, in any thread, and hide errors.
-        self._finalizer = weakref.finalize(self, _warn_and_abandon, engine)
+        # Not __del__: it could bring the store back, and misses the interpreter's exit.
+        weakref.finalize(self, _warn_and_abandon, engine)
 
     @classmethod
     def recover(
@@ -228,7 +228,6 @@ class MetadataStore:
             For a failure that no call was told of yet; everything is closed all the
             same.
         """
-        self._finalizer.detach()
         self._engine.shutdown()
 
     def __enter__(self) -> MetadataStore:
@@ -265,12 +264,14 @@ def _options(**options: Any) -> Options:
 
 
 def _warn_and_abandon(engine: Engine) -> None:
-    if engine.is_forked:
-        return  # the parent's to warn about
-    warnings.warn(
-        f"{engine} was never shut down: every batch that was acknowledged is safe, but "
-        "the lock and the files were held until now",
-        ResourceWarning,
-        stacklevel=2,
-    )
-    engine.abandon()
+    if engine.is_forked or engine.is_released:
+        return  # the parent's to warn about, or as it should be
+    try:
+        warnings.warn(
+            f"{engine} was never shut down: every batch that was acknowledged is safe, "
+            "but the lock and the files were held until now",
+            ResourceWarning,
+            stacklevel=2,
+        )
+    finally:  # also where warnings are errors
+        engine.abandon()

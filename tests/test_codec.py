@@ -883,7 +883,6 @@ def test_stores_of_metastore_are_read(
 
 def abandon(store: MetadataStore) -> None:
     """Let go of the files as the end of a process does, sealing nothing."""
-    store._finalizer.detach()
     store._engine.abandon()
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -232,3 +235,40 @@ def test_the_end_frees_an_item_that_waits_for_one_that_never_begins() -> None:
     with pytest.raises(LookupError, match="no more items"):
         next(found)
     assert freed.is_set()
+
+
+@pytest.mark.parametrize("caller_works", [False, True])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_an_error_that_was_dropped_is_gone(threads: int, caller_works: bool) -> None:
+    """Its traceback held the frames, and with them whole columns and a mapped file."""
+
+    class Held:
+        pass
+
+    class PlannedError(Exception):
+        pass
+
+    def work(item: int) -> int:
+        held = Held()
+        references.append(weakref.ref(held))
+        if item % 2:
+            raise PlannedError
+        return item
+
+    references: list[weakref.ref[Held]] = []
+    gc.collect()
+    gc.disable()
+    try:
+        for each in (
+            lambda: list(
+                ordered_map(work, range(9), threads, caller_works=caller_works)
+            ),
+            lambda: map_at_once(work, range(threads)),
+            lambda: map_at_once(work, [1, *range(threads)]),
+        ):
+            with contextlib.suppress(PlannedError):
+                each()
+        assert len(references) > 2
+        assert [reference() for reference in references] == [None] * len(references)
+    finally:
+        gc.enable()

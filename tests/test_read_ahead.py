@@ -363,7 +363,7 @@ def test_a_part_is_read_whole_whatever_its_size(tmp_path, monkeypatch):
 
 @LINUX
 def test_a_failed_read_ahead_is_no_failure(store_path, nothing_cached, monkeypatch):
-    """Whoever needs the part meets the error of the medium, if there is one."""
+    """What the system cannot do ahead, it does where the map is touched."""
 
     def refuse(*_):
         raise OSError(errno.EINVAL, "planted")
@@ -373,3 +373,46 @@ def test_a_failed_read_ahead_is_no_failure(store_path, nothing_cached, monkeypat
     reader = SnapshotReader(file, header)
     assert len(reader.read_all()) == reader.n_records
     file.close()
+
+
+@LINUX
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_medium_that_cannot_be_read_is_an_error_and_no_signal(
+    store_path, nothing_cached, monkeypatch, threads
+):
+    """The error was in hand, but dropped; then the map was touched: SIGBUS."""
+
+    def refuse(*_):
+        raise OSError(errno.EIO, "planted")
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    path, name = store_path
+    with pytest.raises(OSError, match="planted") as caught:
+        MetadataStore.recover(path, threads=threads)
+    assert caught.value.errno == errno.EIO
+    assert caught.value.filename == os.path.join(path, str(name))
+    monkeypatch.undo()
+    MetadataStore.recover(path)[0].shutdown()
+
+
+def test_advice_that_is_refused_is_no_failure(tmp_path, monkeypatch):
+    """Where all memory is locked the system gives no page back, and says so."""
+
+    class Locked(mmap.mmap):
+        def madvise(self, *_):
+            refused.append(True)
+            raise OSError(errno.EINVAL, "planted")
+
+    refused = []
+    monkeypatch.setattr(mmap, "mmap", Locked)
+    keys = np.arange(1 << 17, dtype=np.uint64)
+    store, _ = MetadataStore.recover(tmp_path / "db")
+    store.insert_arrays(keys, keys + np.uint64(1))
+    store.compact()
+    store.insert_batch([(1, (7, b""))])
+    store.compact()
+    store.shutdown()
+    store, recovered = MetadataStore.recover(tmp_path / "db")
+    store.shutdown()
+    assert len(recovered) == len(keys)
+    assert len(refused) > 4
