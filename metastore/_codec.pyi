@@ -18,6 +18,7 @@ SCAN_SEALED: Final[int]
 STATUS_BAD_HEADER: Final[int]
 STATUS_BAD_PAYLOAD: Final[int]
 STATUS_BAD_SEQUENCE: Final[int]
+STATUS_BAD_KIND: Final[int]
 REASONS: Final[Mapping[int, str]]
 
 FRAME_HEADER_SIZE: Final[int]

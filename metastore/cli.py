@@ -460,7 +460,8 @@ def _text(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "not enough memory"
     if isinstance(error, OSError) and not isinstance(error, MetastoreError):
-        where = "" if error.filename is None else f" ({os.fsdecode(error.filename)})"
+        name = error.filename  # a number where a descriptor was given
+        where = f" ({os.fsdecode(name)})" if isinstance(name, str | bytes) else ""
         return f"{error.strerror or error}{where}"
     return str(error)
 

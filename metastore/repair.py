@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -101,8 +102,12 @@ def repair(
     with contextlib.ExitStack() as stack:
         old = stack.enter_context(open_store(source))
         _check_destination(source, destination)
-        with contextlib.suppress(CorruptionError):
+        try:
             read_headers(old, parse_listing(old.names()))
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            # Versions are looked at once more in the copy, which has zeros there.
         sources: dict[str, DirectoryProtocol] = {"": old}
         if (QUARANTINE, False) in old.names():
             path = os.path.join(source, QUARANTINE)
@@ -179,7 +184,12 @@ def repair_into(
     _write(new, columns, plan.sequence)
     new.remove(str(guard))
     new.sync()
-    _check_result(new, columns, plan.sequence, threads)
+    try:
+        _check_result(new, columns, plan.sequence, threads)
+    except BaseException:
+        new.create(str(guard)).close()
+        new.sync()
+        raise
     return RepairReport(
         source=sources[""].path,
         destination=new.path,

@@ -103,7 +103,9 @@ class SnapshotReader:
             end, 0, self._seed, self.header.sequence, table, True
         )
         if status != _codec.SCAN_SEALED or not _codec.check_payload(end, table[0]):
-            if status in (_codec.SCAN_MORE, _codec.SCAN_SEALED):
+            if status == _codec.SCAN_MORE:  # a block
+                status = _codec.STATUS_BAD_KIND
+            elif status == _codec.SCAN_SEALED:
                 status = _codec.STATUS_BAD_PAYLOAD
             raise corruption(self.path, self.end_offset, status, end, self._seed)
         n_blocks = int(table[0, _codec.ROW_RECORDS])

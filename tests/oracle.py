@@ -754,8 +754,9 @@ def claims_durable(data: bytes, offset: int, header: FileHeader, sequence: int) 
     """Tell whether a frame header from `offset` on says that `sequence` is durable."""
     for place in range(offset, len(data) - FRAME_HEADER.size + 1, 8):
         if header_agrees(data, place, header):
-            durable = FRAME_HEADER.unpack_from(data, place)[5]
-            if durable >= sequence:
+            fields = FRAME_HEADER.unpack_from(data, place)
+            _, _, _, reserved, _, durable = fields[:6]
+            if reserved == 0 and durable >= sequence:
                 return True
     return False
 

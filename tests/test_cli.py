@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -672,3 +673,10 @@ def test_names_that_no_terminal_can_show_are_escaped(store: Path) -> None:
         assert (done.returncode, done.stderr) == (0, "")
         assert "\x1b" not in done.stdout
         assert "evil\\udcff\\n\\" in done.stdout
+
+
+def test_an_error_that_names_a_descriptor_is_told_in_one_line() -> None:
+    """``os.scandir`` of a descriptor gives its number as the name of the file."""
+    error = OSError(errno.EIO, "planted", 3)
+    assert cli._text(error) == "planted"
+    assert cli._text(OSError(errno.EIO, "planted", b"db")) == "planted (db)"

@@ -966,6 +966,22 @@ def test_frame_beyond_the_file_is_torn_unless_it_was_durable(
     assert metastore_outcome(files, tmp_path / "db") == expected
 
 
+@pytest.mark.parametrize("at", [6, 7])
+def test_a_checksum_alone_proves_no_frame(at: int) -> None:
+    """Of 32 torn batches of a gigabyte one has a place that agrees by chance."""
+    frame = bytearray(48)
+    frame[4] = oracle.BATCH
+    frame[16] = 9  # durable
+    for byte in (0, 1, 128):
+        frame[at] = byte
+        checksum = _codec.crc32c(frame[4:], LOG.seed) ^ 0xAF
+        frame[:4] = checksum.to_bytes(4, "little")
+        data = bytes(16) + frame
+        found = _codec.find_durable(data, 0, LOG.seed, 9)
+        assert found == (-1 if byte else 16)
+        assert (found >= 0) == oracle.claims_durable(data, 0, LOG, 9)
+
+
 def test_find_durable_agrees_with_the_oracle() -> None:
     data = oracle.write_log(
         STORE_ID, 3, 1, [SORTED[:2], SORTED[:1], []], durables=[0, 0, 2]

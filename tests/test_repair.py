@@ -28,6 +28,7 @@ import oracle
 import verbs
 from disk import Disk, Fault, Image, Operation
 from metastore import MetadataStore, repair
+from metastore.directory import File
 from metastore.errors import CorruptionError, FormatVersionError, MetastoreError
 from metastore.salvage import Evidence, find_store_seed
 from simulated import SimulatedDirectory
@@ -553,6 +554,51 @@ def test_a_sector_that_cannot_be_read_costs_what_lies_in_it():
     }
     assert sequences(report.missing) == lost
     assert not report.is_complete
+
+
+@pytest.mark.parametrize("kind", ["log", "snapshot"])
+def test_a_header_that_cannot_be_read_costs_what_lies_in_it(
+    tmp_path, monkeypatch, kind
+):
+    """A look at the versions ahead of the copy met the error, and ended the repair."""
+    path = tmp_path / "db"
+    store, _ = MetadataStore.recover(path)
+    store.insert_batch([(1, (1, b"in the snapshot"))])
+    store.compact()
+    store.insert_batch([(2, (2, b"in the log"))])
+    store.shutdown()
+    (bad,) = verbs.named(path, kind)
+    read = File.read
+
+    def read_or_fail(file: File, offset: int, size: int) -> bytes:
+        if file.path == str(bad) and offset < 512 and size:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), file.path)
+        return read(file, offset, size)
+
+    monkeypatch.setattr(File, "read", read_or_fail)
+    report = repair.repair(path, tmp_path / "new")
+    monkeypatch.undo()
+    (gap,) = report.unreadable[bad.name]
+    assert gap.offset == 0
+    found = verbs.read(tmp_path / "new")
+    other = (
+        (2, (2, b"in the log")) if kind == "snapshot" else (1, (1, b"in the snapshot"))
+    )
+    assert dict([other]).items() <= found.items()
+
+
+def test_a_result_that_does_not_read_back_opens_as_no_store(tmp_path, monkeypatch):
+    """The file that keeps it from opening was removed before the result was checked."""
+    verbs.write(tmp_path / "db", verbs.numbered(3))
+
+    def fail(*_: object) -> None:
+        raise CorruptionError("new", 0, "planted")
+
+    monkeypatch.setattr(repair, "_check_result", fail)
+    with pytest.raises(CorruptionError, match="planted"):
+        repair.repair(tmp_path / "db", tmp_path / "new")
+    with pytest.raises(CorruptionError):
+        MetadataStore.recover(tmp_path / "new")
 
 
 def test_every_call_on_the_destination_fails_once():
