@@ -110,6 +110,9 @@ cdef enum:
     USER_DATA_GUESS = 16    # bytes a record, for a start
     SAMPLE_RUNS = 16
     SAMPLE_RUN = 256
+    NUMBER_RUNS = 8
+    NUMBER_RUN = 512
+    LOGARITHMS = 4097
 
 FRAME_HEADER_SIZE = HEADER
 KIND_BATCH = BATCH
@@ -173,16 +176,31 @@ cdef void _start_frame(
     uint8_t* frame, int kind, int layout, uint64_t n, uint64_t payload_size,
     uint64_t user_data_size
 ) noexcept nogil:
-    """Write the padding, and the header but for what :func:`finish_frame` adds."""
+    """Write the padding, and the header but for the checksums and the sequence."""
     cdef Py_ssize_t end = HEADER + payload_size
     memset(frame, 0, HEADER)
     frame[4] = kind
     frame[5] = layout
     ms_store_u32(frame + 24, n)
-    ms_store_u32(frame + 28, ms_crc32c(0, frame + HEADER, payload_size) ^ CHECKSUM_XOR)
     ms_store_u64(frame + 32, payload_size)
     ms_store_u64(frame + 40, user_data_size)
     memset(frame + end, 0, _padded(end) - end)
+
+
+cdef void _add_checksum(uint8_t* frame) noexcept nogil:
+    cdef uint64_t size = ms_load_u64(frame + 32)
+    ms_store_u32(frame + 28, ms_crc32c(0, frame + HEADER, size) ^ CHECKSUM_XOR)
+
+
+def add_checksum(bytearray frame not None):
+    """Put the payload's checksum into a frame that was started without."""
+    if <size_t>len(frame) < HEADER or (
+        ms_load_u64(_at(frame) + 32) > <uint64_t>(len(frame) - HEADER)
+    ):
+        raise ValueError("no whole frame")
+    cdef uint8_t* at = _at(frame)
+    with nogil:
+        _add_checksum(at)
 
 
 def finish_frame(
@@ -305,6 +323,7 @@ def encode_batch(batch):
         ms_store_u32(at + 16 * n + 4 * i, size)
     PyByteArray_Resize(frame, _padded(end))
     _start_frame(_at(frame), BATCH, PLAIN, n, end - HEADER, end - user_data_at)
+    _add_checksum(_at(frame))
     return frame
 
 
@@ -314,8 +333,11 @@ def encode_plain(
     const uint64_t[::1] values not None,
     const uint64_t[::1] offsets not None,
     const uint8_t[::1] user_data not None,
+    bint summed=True,
 ):
     """Start a plain frame from columns that the caller has checked (section 5).
+
+    Unless it is `summed`, :func:`add_checksum` has to follow.
 
     Returns
     -------
@@ -359,6 +381,8 @@ def encode_plain(
         if total:
             memcpy(at + 20 * n, &user_data[first], total)
         _start_frame(start, kind, PLAIN, n, payload_size, total)
+        if summed:
+            _add_checksum(start)
     if bad or sum_of_lengths != total:
         raise ValueError("the arrays were changed while they were encoded")
     return frame
@@ -389,6 +413,7 @@ def encode_payload(int kind, int layout, uint32_t n, uint64_t user_data_size, pa
                 memcpy(at, views[i].buf, views[i].len)
                 at += views[i].len
             _start_frame(start, kind, layout, n, payload_size, user_data_size)
+            _add_checksum(start)
     finally:
         for i in range(n_views):
             PyBuffer_Release(&views[i])
@@ -1078,12 +1103,23 @@ def differences(const uint64_t[::1] numbers not None):
     return result
 
 
+# log2 of the counts that samples have: to compute it takes longer than to count.
+cdef double _logarithms[LOGARITHMS]
+cdef int _count
+for _count in range(1, LOGARITHMS):
+    _logarithms[_count] = log2(_count)
+
+
+cdef inline double _log2(uint32_t count) noexcept nogil:
+    return _logarithms[count] if count < LOGARITHMS else log2(count)
+
+
 cdef double _entropy(const uint32_t* counts, Py_ssize_t n) noexcept nogil:
     cdef double bits = 0
     cdef int byte
     for byte in range(256):
         if counts[byte]:
-            bits -= counts[byte] * log2(counts[byte] / <double>n)
+            bits += counts[byte] * (_log2(n) - _log2(counts[byte]))
     return bits / n if n else 0
 
 
@@ -1129,9 +1165,52 @@ def entropy_of_planes(const uint8_t[::1] data not None, int width):
     return [bits[plane] for plane in range(width)]
 
 
+def entropy_of_numbers(const uint64_t[::1] numbers not None):
+    """Estimate the order-0 entropy, in bits per byte, of each byte plane.
+
+    At most 4,096 numbers are looked at, in runs of neighbours.
+
+    Returns
+    -------
+    plain, delta : list of float
+        That of the numbers, and that of the differences of neighbours; 8 each.
+    """
+    cdef Py_ssize_t n = numbers.shape[0]
+    cdef Py_ssize_t n_runs = 1, size = n, run, start, i
+    cdef uint32_t counts[2][8][256]
+    cdef uint64_t number, delta
+    cdef int plane
+    if n > NUMBER_RUNS * NUMBER_RUN:
+        n_runs, size = NUMBER_RUNS, NUMBER_RUN
+    with nogil:
+        memset(counts, 0, sizeof(counts))
+        for run in range(n_runs):
+            start = (n - size) * run // (n_runs - 1) if run else 0
+            for i in range(start, start + size):
+                number = numbers[i]
+                for plane in range(8):
+                    counts[0][plane][(number >> 8 * plane) & 0xFF] += 1
+                if i == 0:
+                    continue  # it has no neighbour before it
+                delta = number - numbers[i - 1]
+                for plane in range(8):
+                    counts[1][plane][(delta >> 8 * plane) & 0xFF] += 1
+    size *= n_runs
+    return (
+        [_entropy(counts[0][plane], size) for plane in range(8)],
+        [_entropy(counts[1][plane], max(size - 1, 0)) for plane in range(8)],
+    )
+
+
+def repeats(const uint8_t[::1] data not None, Py_ssize_t width):
+    """Return whether the first `width` bytes are repeated to the end."""
+    cdef Py_ssize_t size = data.shape[0]
+    if width < 1 or size % width:
+        raise ValueError(f"{size} bytes are no records of {width} bytes")
+    return size <= width or memcmp(&data[0], &data[width], size - width) == 0
+
+
 def constant_of(const uint8_t[::1] data not None):
     """Return the one value of all bytes, or -1 if they differ or there are none."""
     cdef Py_ssize_t size = data.shape[0]
-    if size == 0 or (size > 1 and memcmp(&data[0], &data[1], size - 1) != 0):
-        return -1
-    return data[0]
+    return data[0] if size and repeats(data, 1) else -1

@@ -40,9 +40,6 @@ _ENTROPY_BITS_MAX = 7.5
 #: ... unless it shortens a sample of this size by a tenth (by repetition).
 _SAMPLE_SIZE = 8_192
 _SAMPLE_SAVING = 0.9
-#: Filters are chosen by runs of neighbouring records.
-_RUNS = 8
-_RUN_RECORDS = 512
 
 _COLUMN = struct.Struct("<BBH")
 _SECTION = struct.Struct("<IBBH")
@@ -156,7 +153,11 @@ def encode(kind: int, columns: Columns, level: int) -> bytearray:
     """Start a frame of `kind` from columns, packed where that makes it smaller."""
     if kind == _codec.KIND_BATCH:
         # First its own copy: the columns are the user's, who may be changing them.
-        return _packed_batch(_codec.encode_plain(kind, *columns.arrays()), level)
+        frame = _codec.encode_plain(kind, *columns.arrays(), summed=False)
+        packed = _packed_batch(frame, level)
+        if packed is frame:
+            _codec.add_checksum(frame)
+        return packed
     start, size = int(columns.offsets[0]), columns.user_data_size
     packed = _pack(
         kind,
@@ -268,9 +269,7 @@ def _is_compressible(data: Uint8s, compressor: zstandard.ZstdCompressor) -> bool
 
 
 def _pack_numbers(numbers: Uint64s, compressor: zstandard.ZstdCompressor) -> _Column:
-    plain, delta = _samples(numbers)
-    plain_bits = _codec.entropy_of_planes(_bytes(plain), 8)
-    delta_bits = _codec.entropy_of_planes(_bytes(delta), 8)
+    plain_bits, delta_bits = _codec.entropy_of_numbers(numbers)
     if min(plain_bits) > _ENTROPY_BITS_MAX and min(delta_bits) > _ENTROPY_BITS_MAX:
         return _Column(_codec.FILTER_NONE, [_pack_section(_bytes(numbers), compressor)])
     if sum(delta_bits) < sum(plain_bits):
@@ -279,19 +278,6 @@ def _pack_numbers(numbers: Uint64s, compressor: zstandard.ZstdCompressor) -> _Co
             _pack_planes(_bytes(_codec.differences(numbers)), 8, compressor),
         )
     return _Column(_codec.FILTER_NONE, _pack_planes(_bytes(numbers), 8, compressor))
-
-
-def _samples(numbers: Uint64s) -> tuple[Uint64s, Uint64s]:
-    """Return some of the numbers, and the differences of neighbours among them."""
-    n = len(numbers)
-    if n <= _RUNS * _RUN_RECORDS:
-        return numbers, _codec.differences(numbers)[1:]
-    starts = [(n - _RUN_RECORDS) * i // (_RUNS - 1) for i in range(_RUNS)]
-    runs = [numbers[start : start + _RUN_RECORDS] for start in starts]
-    return (
-        np.concatenate(runs),
-        np.concatenate([_codec.differences(run)[1:] for run in runs]),
-    )
 
 
 def _pack_planes(
@@ -305,8 +291,7 @@ def _pack_planes(
 
 
 def _common_length(lengths: Uint32s | Uint64s) -> int | None:
-    first = int(lengths[0])
-    return first if bool((lengths == lengths[0]).all()) else None
+    return int(lengths[0]) if _codec.repeats(_bytes(lengths), lengths.itemsize) else None
 
 
 def _pack_lengths(

@@ -69,7 +69,14 @@ def search(rng: random.Random) -> None:
         lambda: _codec.entropy_of_planes(
             np.frombuffer(data, np.uint8), rng.choice([-1, 0, 1, 2, 8, 64, 65])
         ),
+        lambda: _codec.entropy_of_numbers(
+            np.frombuffer(data[: len(data) & ~7], np.uint64)
+        ),
         lambda: _codec.constant_of(np.frombuffer(data, np.uint8)),
+        lambda: _codec.repeats(
+            np.frombuffer(data, np.uint8), rng.choice([-8, 0, 1, 2, 8, 2**62])
+        ),
+        lambda: _codec.add_checksum(bytearray(data)),
     ]
     rng.choice(functions)()
     assert _codec.crc32c(data) == _codec.crc32c_table(data)

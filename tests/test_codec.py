@@ -1089,6 +1089,50 @@ def test_entropy_of_planes(width: int, n: int, seed: int) -> None:
         assert [bits == 0 for bits in expected] == [number == 1 for number in values]
 
 
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 100, 4096, 4097, 5000, 100_003])
+@pytest.mark.parametrize("kind", ["random", "ascending", "equal"])
+def test_entropy_of_numbers(n: int, kind: str, rng: random.Random) -> None:
+    """That of the planes of a sample of them, and of what it is above its neighbour."""
+    numbers = np.frombuffer(rng.randbytes(8 * n), np.uint64).copy()
+    if kind == "ascending":
+        numbers = np.cumsum(numbers >> np.uint64(50), dtype=np.uint64)
+    elif kind == "equal":
+        numbers[:] = 12345
+    deltas = np.diff(numbers, prepend=np.uint64(0))
+    rows = np.arange(n)
+    if n > 4096:
+        rows = np.concatenate([(n - 512) * i // 7 + np.arange(512) for i in range(8)])
+    plain, delta = _codec.entropy_of_numbers(numbers)
+    for found, sampled in ((plain, numbers[rows]), (delta, deltas[rows][1:])):
+        assert found == _codec.entropy_of_planes(sampled.view(np.uint8), 8)
+
+
+def test_repeats(rng: random.Random) -> None:
+    for width in (1, 4, 8):
+        for n in range(20):
+            same = np.frombuffer(rng.randbytes(width) * n, np.uint8)
+            assert _codec.repeats(same, width)
+            for at in range(len(same) if n > 1 else 0):
+                other = same.copy()
+                other[at] ^= 1
+                assert not _codec.repeats(other, width)
+    for width in (-1, 0, 2):
+        with pytest.raises(ValueError, match="no records"):
+            _codec.repeats(np.zeros(9, np.uint8), width)
+
+
+def test_a_checksum_that_is_added_later_is_the_same() -> None:
+    columns = to_columns(SORTED)
+    whole = _codec.encode_plain(_codec.KIND_BATCH, *columns.arrays())
+    late = _codec.encode_plain(_codec.KIND_BATCH, *columns.arrays(), summed=False)
+    assert late != whole
+    _codec.add_checksum(late)
+    assert late == whole
+    for size in (0, 47, len(whole) - 8):
+        with pytest.raises(ValueError, match="no whole frame"):
+            _codec.add_checksum(whole[:size])
+
+
 def test_planes_of_other_sizes_are_refused() -> None:
     for width in (-1, 0, 2, 65):
         with pytest.raises(ValueError, match=f"of {width} bytes"):
