@@ -266,14 +266,16 @@ def _write_jobs(
     def work(job: Job) -> Job | list[tuple[Columns, bytearray]]:
         if job.is_copy:
             return job
-        old = [
-            reader.read_block(block)
-            for block in range(job.block_start, job.block_stop)
-            if reader
-        ]
+        old = []
+        for block in range(job.block_start, job.block_stop):
+            assert reader is not None
+            pace.give_way()
+            old.append(reader.read_block(block))
+        pace.give_way()
         merged = merge(concatenate(old), run.part(job.run_start, job.run_stop))
+        pace.give_way()
         return [
-            (part, encode(KIND_BLOCK, part, level))
+            (part, encode(KIND_BLOCK, part, level, pace.give_way))
             for part in split_into_blocks(merged)
         ]
 

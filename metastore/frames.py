@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import struct
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +73,25 @@ def _compressor(level: int) -> zstandard.ZstdCompressor:
         context = level, zstandard.ZstdCompressor(level=level)
         _local.compressor = context
     return context[1]
+
+
+class _Compressor(Protocol):
+    def compress(self, data: memoryview, /) -> bytes: ...
+
+
+class _GentleCompressor:
+    """Gives way before and behind each piece."""
+
+    def __init__(self, right: _Compressor, give_way: Callable[[], None]) -> None:
+        self._right = right
+        self._give_way = give_way
+
+    def compress(self, data: memoryview, /) -> bytes:
+        self._give_way()
+        try:
+            return self._right.compress(data)
+        finally:
+            self._give_way()
 
 
 # ---- decoding ----
@@ -149,15 +169,23 @@ def encode_batch(batch: Any, level: int) -> bytearray:
     return _packed_batch(_codec.encode_batch(batch), level)
 
 
-def encode(kind: int, columns: Columns, level: int) -> bytearray:
-    """Start a frame of `kind` from columns, packed where that makes it smaller."""
+def encode(
+    kind: int, columns: Columns, level: int, give_way: Callable[[], None] | None = None
+) -> bytearray:
+    """Start a frame of `kind` from columns, packed where that makes it smaller.
+
+    If there is a `give_way` it is called between the steps of packing a block.
+    """
     if kind == _codec.KIND_BATCH:
         # First its own copy: the columns are the user's, who may be changing them.
         frame = _codec.encode_plain(kind, *columns.arrays(), summed=False)
-        packed = _packed_batch(frame, level)
-        if packed is frame:
+        stored = _packed_batch(frame, level)
+        if stored is frame:
             _codec.add_checksum(frame)
-        return packed
+        return stored
+    compressor: _Compressor = _compressor(level)
+    if give_way is not None:
+        compressor = _GentleCompressor(compressor, give_way)
     start, size = int(columns.offsets[0]), columns.user_data_size
     packed = _pack(
         kind,
@@ -165,7 +193,7 @@ def encode(kind: int, columns: Columns, level: int) -> bytearray:
         columns.values,
         _codec.differences(columns.offsets)[1:],
         columns.user_data[start : start + size],
-        level,
+        compressor,
         1.0,
     )
     return packed or _codec.encode_plain(kind, *columns.arrays())
@@ -184,7 +212,7 @@ def _packed_batch(frame: bytearray, level: int) -> bytearray:
         np.frombuffer(frame, np.uint64, n, at + 8 * n),
         np.frombuffer(frame, np.uint32, n, at + 16 * n),
         np.frombuffer(frame, np.uint8, user_data_size, at + 20 * n),
-        level,
+        _compressor(level),
         _BATCH_SAVING,
     )
     return packed or frame
@@ -217,7 +245,7 @@ def _pack(
     values: Uint64s,
     lengths: Uint32s | Uint64s,
     user_data: Uint8s,
-    level: int,
+    compressor: _Compressor,
     saving: float,
 ) -> bytearray | None:
     """Return a packed frame, or None if it would not be small enough or allowed."""
@@ -226,7 +254,6 @@ def _pack(
     plain_size = 20 * n + user_data_size
     if n == 0 or plain_size > PACKED_SIZE_MAX:
         return None
-    compressor = _compressor(level)
     common = _common_length(lengths)
     packed = [
         _pack_numbers(keys, compressor),
@@ -249,7 +276,7 @@ def _pack(
     return _codec.encode_payload(kind, _codec.LAYOUT_PACKED, n, user_data_size, payload)
 
 
-def _pack_section(data: Uint8s, compressor: zstandard.ZstdCompressor) -> _Section:
+def _pack_section(data: Uint8s, compressor: _Compressor) -> _Section:
     """Store bytes in the shortest of the three encodings, by a guess at zstd's."""
     byte = _codec.constant_of(data)
     if byte >= 0 or len(data) == 0:
@@ -261,14 +288,14 @@ def _pack_section(data: Uint8s, compressor: zstandard.ZstdCompressor) -> _Sectio
     return _raw(data)
 
 
-def _is_compressible(data: Uint8s, compressor: zstandard.ZstdCompressor) -> bool:
+def _is_compressible(data: Uint8s, compressor: _Compressor) -> bool:
     if _codec.entropy_of_sample(data) <= _ENTROPY_BITS_MAX:
         return True
     sample = data[:_SAMPLE_SIZE]
     return len(compressor.compress(sample.data)) < len(sample) * _SAMPLE_SAVING
 
 
-def _pack_numbers(numbers: Uint64s, compressor: zstandard.ZstdCompressor) -> _Column:
+def _pack_numbers(numbers: Uint64s, compressor: _Compressor) -> _Column:
     plain_bits, delta_bits = _codec.entropy_of_numbers(numbers)
     if min(plain_bits) > _ENTROPY_BITS_MAX and min(delta_bits) > _ENTROPY_BITS_MAX:
         return _Column(_codec.FILTER_NONE, [_pack_section(_bytes(numbers), compressor)])
@@ -280,9 +307,7 @@ def _pack_numbers(numbers: Uint64s, compressor: zstandard.ZstdCompressor) -> _Co
     return _Column(_codec.FILTER_NONE, _pack_planes(_bytes(numbers), 8, compressor))
 
 
-def _pack_planes(
-    data: Uint8s, width: int, compressor: zstandard.ZstdCompressor
-) -> list[_Section]:
+def _pack_planes(data: Uint8s, width: int, compressor: _Compressor) -> list[_Section]:
     planes = _codec.split_planes(data, width)
     sections = [_pack_section(plane, compressor) for plane in planes]
     if all(section.encoding == _codec.ENCODING_RAW for section in sections):
@@ -291,11 +316,13 @@ def _pack_planes(
 
 
 def _common_length(lengths: Uint32s | Uint64s) -> int | None:
-    return int(lengths[0]) if _codec.repeats(_bytes(lengths), lengths.itemsize) else None
+    return (
+        int(lengths[0]) if _codec.repeats(_bytes(lengths), lengths.itemsize) else None
+    )
 
 
 def _pack_lengths(
-    lengths: Uint32s | Uint64s, common: int | None, compressor: zstandard.ZstdCompressor
+    lengths: Uint32s | Uint64s, common: int | None, compressor: _Compressor
 ) -> _Column:
     if common is not None:
         planes = [_constant(byte) for byte in common.to_bytes(4, "little")]
@@ -305,7 +332,7 @@ def _pack_lengths(
 
 
 def _pack_user_data(
-    user_data: Uint8s, common: int | None, compressor: zstandard.ZstdCompressor
+    user_data: Uint8s, common: int | None, compressor: _Compressor
 ) -> _Column:
     if common is not None and 2 <= common <= _codec.STRIDE_MAX:
         n_sample = max(1, _SAMPLE_SIZE // common)

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from metastore import MetadataStore
@@ -423,6 +424,67 @@ def test_a_failed_call_sticks(library, tmp_path, n_threads, forever, call, error
         found = recovered_keys(path)
         assert set(returned) <= found
         assert len(found - set(returned)) <= n_threads
+
+
+LARGE = """
+import ctypes, json, sys
+import numpy as np
+from metastore import MetadataStore, StoreFailedError
+
+path, sync, call, at, error = sys.argv[1], *map(int, sys.argv[2:])
+library = ctypes.CDLL(None)
+store, _ = MetadataStore.recover(path, log_size_bytes_min=1 << 40)
+keys = np.arange(200_000, dtype=np.uint64)
+returned = []
+library.failing_calls_plan(call, at, error, 0)
+for number in range(1, 4):
+    try:
+        rng = np.random.default_rng(number)
+        values = rng.integers(1, 1 << 63, len(keys), np.uint64)
+        store.insert_arrays(keys, values, sync=bool(sync))
+        returned.append(number)
+    except StoreFailedError:
+        pass
+calls = [library.failing_calls_count(number) for number in (1, 2)]
+library.failing_calls_plan(0, 0, 0, 0)
+store.shutdown()
+print(json.dumps([returned, calls]))
+"""
+
+
+@pytest.mark.parametrize("sync", [0, 1])
+@pytest.mark.parametrize(
+    ("call", "at", "error"),
+    [
+        (PWRITEV, 0, 0),
+        (PWRITEV, 2, SHORT),
+        (PWRITEV, 2, errno.EINTR),
+        (PWRITEV, 2, errno.ENOSPC),
+        (PWRITEV, 6, errno.EIO),
+        (FDATASYNC, 2, errno.EIO),
+    ],
+)
+def test_a_batch_that_is_written_in_pieces(library, tmp_path, sync, call, at, error):
+    """Whatever becomes of a piece, the batch is whole or absent."""
+    path = tmp_path / "db"
+    returned, calls = run_with_library(library, LARGE, path, sync, call, at, error)
+    fails = error > 0 and error != errno.EINTR
+    if not fails or (not sync and (call == FDATASYNC or at > 3)):
+        assert returned == [1, 2, 3]
+    else:
+        assert len(returned) < 3
+        assert calls[call - 1] == at
+    if at == 0:
+        assert calls[0] > 6 if sync else calls[0] == 3
+    store, recovered = MetadataStore.recover(path)
+    store.shutdown()
+    last = recovered.report.sequence
+    assert returned[-1:] in ([], [last]) or returned[-1] + 1 == last
+    if last:
+        assert np.array_equal(recovered.keys, np.arange(200_000, dtype=np.uint64))
+        rng = np.random.default_rng(last)
+        expected = rng.integers(1, 1 << 63, len(recovered), np.uint64)
+        assert np.array_equal(recovered.values, expected)
 
 
 # A failed call and a signal at once
