@@ -57,7 +57,7 @@ _WRITE_SIZE = 1 << 20
 #: Bytes between two syncs: all in one at the end would hold up those of the log, and
 #: leave nothing to do meanwhile. A sync costs the same whatever its size, so there are
 #: fewer while nobody waits.
-_SYNC_SIZE, _SYNC_SIZE_GENTLE = 16 << 20, 2 << 20
+_SYNC_SIZE, _SYNC_SIZE_GENTLE = 16 << 20, 1 << 20
 
 
 class SnapshotReader:
