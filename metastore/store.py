@@ -66,7 +66,8 @@ class MetadataStore:
         log_size_bytes_min : int
             A log rotates, and is compacted, when the bytes that are not yet in a
             snapshot pass ``max(log_size_bytes_min, size of the snapshot)``; while a
-            compaction is under way, with the first commit after it.
+            compaction is under way, with the first commit after it. More than 256
+            sealed logs are compacted whatever their size.
         compression_level : int
             Of zstd, -50 to 22, for batches and snapshots written from now on.
         threads : int, optional
@@ -219,14 +220,16 @@ class MetadataStore:
     def shutdown(self) -> None:
         """Make every batch durable, end the thread, close the files, free the lock.
 
-        Idempotent. A compaction that is under way ends first. After a failure nothing
-        more is written.
+        Idempotent; after an interrupt it may be called again. A compaction that is
+        under way ends first. After a failure nothing more is written.
 
         Raises
         ------
         StoreFailedError
             For a failure that no call was told of yet; everything is closed all the
             same.
+        RuntimeError
+            In a signal handler that interrupts a commit of the same thread.
         """
         self._engine.shutdown()
 
