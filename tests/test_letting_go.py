@@ -16,6 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 
@@ -181,7 +182,40 @@ def test_a_failure_may_be_looked_at_by_who_logs_it():
 # The garbage collector
 
 
-def forget_in_a_cycle(store: list[MetadataStore]) -> None:
+@contextlib.contextmanager
+def collecting_in(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
+) -> Iterator[Callable[[], None]]:
+    """Let nothing collect garbage but the first call of a function, once it may.
+
+    The context is what lets it, and returns when it has.
+    """
+    allowed, collected = threading.Event(), threading.Event()
+    right = getattr(module, name)
+
+    def collect_first(*arguments: object) -> object:
+        if not collected.is_set():
+            assert allowed.wait(_SECONDS_MAX)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                gc.collect()
+            collected.set()
+        return right(*arguments)
+
+    def collect() -> None:
+        allowed.set()
+        assert collected.wait(_SECONDS_MAX)
+
+    monkeypatch.setattr(module, name, collect_first)
+    gc.collect()
+    gc.disable()
+    try:
+        yield collect
+    finally:
+        gc.enable()
+
+
+def forget_in_a_cycle(store: list[object]) -> None:
     """Leave a store, the only item of a list, to the garbage collector."""
     store.append(store)
 
@@ -189,59 +223,21 @@ def forget_in_a_cycle(store: list[MetadataStore]) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_compaction_may_collect_its_own_store(db, monkeypatch, threads):
     """Its worker waited for the compaction, and that for the worker: for ever."""
-    forgotten, collected = threading.Event(), threading.Event()
-    encode = compaction.encode
-
-    def collect_and_encode(*arguments: object) -> bytearray:
-        if not collected.is_set():
-            assert forgotten.wait(_SECONDS_MAX)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                gc.collect()
-            collected.set()
-        return encode(*arguments)
-
-    monkeypatch.setattr(compaction, "encode", collect_and_encode)
     write(db, numbered(5))
-    gc.collect()
-    gc.disable()
-    try:
-        store = [MetadataStore.recover(db, log_size_bytes_min=1, threads=threads)[0]]
-        forget_in_a_cycle(store)
-        del store
-        forgotten.set()
-        assert collected.wait(_SECONDS_MAX)
+    with collecting_in(monkeypatch, compaction, "encode") as collect:
+        options = {"log_size_bytes_min": 1, "threads": threads}
+        forget_in_a_cycle([MetadataStore.recover(db, **options)[0]])
+        collect()
         assert read_soon(db) == states(numbered(5))[-1]
-    finally:
-        gc.enable()
     assert len(snapshots(db)) == 1  # it came to its end
 
 
 def test_preparing_a_log_may_collect_its_own_store(db, monkeypatch):
     """The thread asked for a lock that it held itself."""
-    forgotten, collected = threading.Event(), threading.Event()
-    prepare = engine_module.prepare_log
-
-    def collect_and_prepare(*arguments: object) -> object:
-        assert forgotten.wait(_SECONDS_MAX)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            gc.collect()
-        collected.set()
-        return prepare(*arguments)
-
-    monkeypatch.setattr(engine_module, "prepare_log", collect_and_prepare)
-    gc.collect()
-    gc.disable()
-    try:
-        store = [MetadataStore.recover(db)[0]]
-        forget_in_a_cycle(store)
-        del store
-        forgotten.set()
-        assert collected.wait(_SECONDS_MAX)
+    with collecting_in(monkeypatch, engine_module, "prepare_log") as collect:
+        forget_in_a_cycle([MetadataStore.recover(db)[0]])
+        collect()
         assert read_soon(db) == {}
-    finally:
-        gc.enable()
 
 
 def test_a_forgotten_store_lets_go_where_warnings_are_errors(db, monkeypatch):
