@@ -490,9 +490,10 @@ def test_a_batch_that_is_written_in_pieces(library, tmp_path, sync, call, at, er
 # A failed call and a signal at once
 
 INTERRUPTED = """
-import ctypes, errno, json, os, sys
+import ctypes, errno, json, os, signal, sys
 from metastore import MetadataStore, StoreFailedError
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have ignored it
 path, where, call = sys.argv[1], sys.argv[2], int(sys.argv[3])
 library = ctypes.CDLL(None)
 store, _ = MetadataStore.recover(path)
