@@ -378,6 +378,7 @@ def test_shutdown_gives_threads_and_descriptors_back(db):
         return len(os.listdir("/proc/self/fd")), threading.active_count()
 
     write(db, numbered(1))  # whatever is opened once per process is open now
+    gc.collect()  # and what other tests have left is closed
     before = held()
     write(db, numbered(20), log_size_bytes_min=1, threads=2)
     gc.collect()  # maps live as long as what refers to them
