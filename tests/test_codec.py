@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import random
@@ -533,7 +534,8 @@ def metastore_outcome(files: Files, directory: Path) -> object:
     directory.mkdir()
     for name, data in files.items():
         (directory / name).write_bytes(data)
-    found = recovery.inspect(Directory.open_existing(str(directory)))
+    with contextlib.closing(Directory.open_existing(str(directory))) as opened:
+        found = recovery.inspect(opened)
     if found.damage is None:
         assert found.recovered is not None
         assert_arrays_agree(found.recovered)
