@@ -1202,15 +1202,19 @@ def entropy_of_numbers(const uint64_t[::1] numbers not None):
     )
 
 
+cdef inline bint _repeats(const uint8_t[::1] data, Py_ssize_t width) noexcept:
+    cdef Py_ssize_t size = data.shape[0]
+    return size <= width or memcmp(&data[0], &data[width], size - width) == 0
+
+
 def repeats(const uint8_t[::1] data not None, Py_ssize_t width):
     """Return whether the first `width` bytes are repeated to the end."""
     cdef Py_ssize_t size = data.shape[0]
     if width < 1 or size % width:
         raise ValueError(f"{size} bytes are no records of {width} bytes")
-    return size <= width or memcmp(&data[0], &data[width], size - width) == 0
+    return _repeats(data, width)
 
 
 def constant_of(const uint8_t[::1] data not None):
     """Return the one value of all bytes, or -1 if they differ or there are none."""
-    cdef Py_ssize_t size = data.shape[0]
-    return data[0] if size and repeats(data, 1) else -1
+    return data[0] if data.shape[0] and _repeats(data, 1) else -1

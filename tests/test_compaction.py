@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import threading
 
@@ -114,29 +115,38 @@ def ten_blocks(path, threads):
     return store
 
 
+class FailingSync:
+    """Takes the place of ``File.sync``: that of a snapshot fails, the n-th time."""
+
+    def __init__(self, n):
+        self.n = n
+        self.n_syncs = 0
+        self._right = File.sync
+
+    def __call__(self, file):
+        if "snapshot" in file.path:
+            self.n_syncs += 1
+            if self.n_syncs == self.n:
+                raise OSError(errno.EIO, "planted")
+        self._right(file)
+
+    def __get__(self, file, kind):
+        return functools.partial(self, file)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_failed_sync_on_the_way_ends_the_compaction(tmp_path, monkeypatch, threads):
     """Nothing is synced, published or removed behind it: a retry could lie."""
     monkeypatch.setattr(snapshot, "_WRITE_SIZE", 1)
     monkeypatch.setattr(snapshot, "_SYNC_SIZE", 100)
-    syncs = 0
-    sync = File.sync
-
-    def fail_third(file):
-        nonlocal syncs
-        if "snapshot" in file.path:
-            syncs += 1
-            if syncs == 3:
-                raise OSError(errno.EIO, "planted")
-        sync(file)
-
+    sync = FailingSync(3)
     store = ten_blocks(tmp_path, threads)
     with monkeypatch.context() as patch:
-        patch.setattr(File, "sync", fail_third)
+        patch.setattr(File, "sync", sync)
         with pytest.raises(StoreFailedError, match="planted"):
             store.compact()
     store.shutdown()
-    assert syncs == 3
+    assert sync.n_syncs == 3
     store, recovered = MetadataStore.recover(tmp_path, threads=threads)
     assert len(recovered) == 10 * TARGET
     assert recovered.report.snapshot is None
@@ -154,8 +164,8 @@ def test_no_sync_is_left_in_a_queue_where_its_failure_would_be_lost(
     """
     monkeypatch.setattr(snapshot, "_WRITE_SIZE", 1)
     monkeypatch.setattr(snapshot, "_SYNC_SIZE", 100)
-    start, sync = threading.Thread.start, File.sync
-    syncs = asked = 0
+    start, sync = threading.Thread.start, FailingSync(2)
+    asked = 0
 
     def start_from_the_second_on(thread):
         nonlocal asked
@@ -165,23 +175,15 @@ def test_no_sync_is_left_in_a_queue_where_its_failure_would_be_lost(
                 raise RuntimeError("can't start new thread")
         start(thread)
 
-    def fail_second(file):
-        nonlocal syncs
-        if "snapshot" in file.path:
-            syncs += 1
-            if syncs == 2:
-                raise OSError(errno.EIO, "planted")
-        sync(file)
-
     store = ten_blocks(tmp_path, 2)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start_from_the_second_on)
-        patch.setattr(File, "sync", fail_second)
+        patch.setattr(File, "sync", sync)
         with pytest.raises(StoreFailedError, match="planted"):
             store.compact()
     store.shutdown()
     assert asked == 2
-    assert syncs == 2
+    assert sync.n_syncs == 2
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="no scheduling policies")
