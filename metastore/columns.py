@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from metastore import _merge
+from metastore.pace import give_way
 from metastore.parallel import map_at_once
 
 if TYPE_CHECKING:
@@ -287,6 +288,7 @@ def merge(old: Columns, new: Columns, threads: int = 1) -> Columns:
     ]
 
     sizes = map_at_once(lambda pair: merged_size(*pair), ranges)
+    give_way()
     merged = Columns.allocate(sum(n for n, _ in sizes), sum(size for _, size in sizes))
     jobs = []
     at = data_at = 0

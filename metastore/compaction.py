@@ -30,7 +30,7 @@ from metastore.format import (
 )
 from metastore.frames import encode
 from metastore.log import read_log
-from metastore.pace import Pace
+from metastore.pace import Pace, give_way
 from metastore.parallel import ordered_map
 from metastore.snapshot import SnapshotReader, SnapshotWriter, split_into_blocks
 
@@ -266,18 +266,18 @@ def _write_jobs(
     def work(job: Job) -> Job | list[tuple[Columns, bytearray]]:
         if job.is_copy:
             return job
-        old = []
-        for block in range(job.block_start, job.block_stop):
-            assert reader is not None
-            pace.give_way()
-            old.append(reader.read_block(block))
-        pace.give_way()
-        merged = merge(concatenate(old), run.part(job.run_start, job.run_stop))
-        pace.give_way()
-        return [
-            (part, encode(KIND_BLOCK, part, level, pace.give_way))
-            for part in split_into_blocks(merged)
-        ]
+        with pace.at_work():
+            old = []
+            for block in range(job.block_start, job.block_stop):
+                assert reader is not None
+                give_way()
+                old.append(reader.read_block(block))
+            give_way()
+            merged = merge(concatenate(old), run.part(job.run_start, job.run_stop))
+            return [
+                (part, encode(KIND_BLOCK, part, level))
+                for part in split_into_blocks(merged)
+            ]
 
     jobs = plan_jobs(index, run.keys)
     for done in ordered_map(work, jobs, threads, pace.at_once):

@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 import threading
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +19,7 @@ from metastore import _codec
 from metastore.columns import Columns, Uint8s, Uint32s, Uint64s
 from metastore.errors import CorruptionError
 from metastore.format import CHECKSUM_XOR, PACKED_RATIO_MAX, PACKED_SIZE_MAX
+from metastore.pace import give_way
 
 __all__ = [
     "corruption",
@@ -50,6 +50,7 @@ _local = threading.local()
 
 def decompress(data: memoryview, size: int) -> bytes | None:
     """Return the content of one whole zstd frame of exactly `size` bytes, else None."""
+    give_way()
     try:
         if zstandard.frame_content_size(data) != size:
             return None
@@ -73,25 +74,6 @@ def _compressor(level: int) -> zstandard.ZstdCompressor:
         context = level, zstandard.ZstdCompressor(level=level)
         _local.compressor = context
     return context[1]
-
-
-class _Compressor(Protocol):
-    def compress(self, data: memoryview, /) -> bytes: ...
-
-
-class _GentleCompressor:
-    """Gives way before and behind each piece."""
-
-    def __init__(self, right: _Compressor, give_way: Callable[[], None]) -> None:
-        self._right = right
-        self._give_way = give_way
-
-    def compress(self, data: memoryview, /) -> bytes:
-        self._give_way()
-        try:
-            return self._right.compress(data)
-        finally:
-            self._give_way()
 
 
 # ---- decoding ----
@@ -169,13 +151,8 @@ def encode_batch(batch: Any, level: int) -> bytearray:
     return _packed_batch(_codec.encode_batch(batch), level)
 
 
-def encode(
-    kind: int, columns: Columns, level: int, give_way: Callable[[], None] | None = None
-) -> bytearray:
-    """Start a frame of `kind` from columns, packed where that makes it smaller.
-
-    If there is a `give_way` it is called between the steps of packing a block.
-    """
+def encode(kind: int, columns: Columns, level: int) -> bytearray:
+    """Start a frame of `kind` from columns, packed where that makes it smaller."""
     if kind == _codec.KIND_BATCH:
         # First its own copy: the columns are the user's, who may be changing them.
         frame = _codec.encode_plain(kind, *columns.arrays(), summed=False)
@@ -183,9 +160,6 @@ def encode(
         if stored is frame:
             _codec.add_checksum(frame)
         return stored
-    compressor: _Compressor = _compressor(level)
-    if give_way is not None:
-        compressor = _GentleCompressor(compressor, give_way)
     start, size = int(columns.offsets[0]), columns.user_data_size
     packed = _pack(
         kind,
@@ -193,7 +167,7 @@ def encode(
         columns.values,
         _codec.differences(columns.offsets)[1:],
         columns.user_data[start : start + size],
-        compressor,
+        _compressor(level),
         1.0,
     )
     return packed or _codec.encode_plain(kind, *columns.arrays())
@@ -245,7 +219,7 @@ def _pack(
     values: Uint64s,
     lengths: Uint32s | Uint64s,
     user_data: Uint8s,
-    compressor: _Compressor,
+    compressor: zstandard.ZstdCompressor,
     saving: float,
 ) -> bytearray | None:
     """Return a packed frame, or None if it would not be small enough or allowed."""
@@ -273,29 +247,33 @@ def _pack(
     if size >= plain_size * saving or plain_size > PACKED_RATIO_MAX * size:
         return None
     payload = [table, *(section.stored for section in sections)]
+    give_way()
     return _codec.encode_payload(kind, _codec.LAYOUT_PACKED, n, user_data_size, payload)
 
 
-def _pack_section(data: Uint8s, compressor: _Compressor) -> _Section:
+def _pack_section(data: Uint8s, compressor: zstandard.ZstdCompressor) -> _Section:
     """Store bytes in the shortest of the three encodings, by a guess at zstd's."""
+    give_way()
     byte = _codec.constant_of(data)
     if byte >= 0 or len(data) == 0:
         return _constant(max(byte, 0))
     if _is_compressible(data, compressor):
+        give_way()
         stored = compressor.compress(data.data)
         if len(stored) < len(data):
             return _Section(_codec.ENCODING_ZSTD, 0, stored)
     return _raw(data)
 
 
-def _is_compressible(data: Uint8s, compressor: _Compressor) -> bool:
+def _is_compressible(data: Uint8s, compressor: zstandard.ZstdCompressor) -> bool:
     if _codec.entropy_of_sample(data) <= _ENTROPY_BITS_MAX:
         return True
     sample = data[:_SAMPLE_SIZE]
     return len(compressor.compress(sample.data)) < len(sample) * _SAMPLE_SAVING
 
 
-def _pack_numbers(numbers: Uint64s, compressor: _Compressor) -> _Column:
+def _pack_numbers(numbers: Uint64s, compressor: zstandard.ZstdCompressor) -> _Column:
+    give_way()
     plain_bits, delta_bits = _codec.entropy_of_numbers(numbers)
     if min(plain_bits) > _ENTROPY_BITS_MAX and min(delta_bits) > _ENTROPY_BITS_MAX:
         return _Column(_codec.FILTER_NONE, [_pack_section(_bytes(numbers), compressor)])
@@ -307,7 +285,9 @@ def _pack_numbers(numbers: Uint64s, compressor: _Compressor) -> _Column:
     return _Column(_codec.FILTER_NONE, _pack_planes(_bytes(numbers), 8, compressor))
 
 
-def _pack_planes(data: Uint8s, width: int, compressor: _Compressor) -> list[_Section]:
+def _pack_planes(
+    data: Uint8s, width: int, compressor: zstandard.ZstdCompressor
+) -> list[_Section]:
     planes = _codec.split_planes(data, width)
     sections = [_pack_section(plane, compressor) for plane in planes]
     if all(section.encoding == _codec.ENCODING_RAW for section in sections):
@@ -322,7 +302,7 @@ def _common_length(lengths: Uint32s | Uint64s) -> int | None:
 
 
 def _pack_lengths(
-    lengths: Uint32s | Uint64s, common: int | None, compressor: _Compressor
+    lengths: Uint32s | Uint64s, common: int | None, compressor: zstandard.ZstdCompressor
 ) -> _Column:
     if common is not None:
         planes = [_constant(byte) for byte in common.to_bytes(4, "little")]
@@ -332,7 +312,7 @@ def _pack_lengths(
 
 
 def _pack_user_data(
-    user_data: Uint8s, common: int | None, compressor: _Compressor
+    user_data: Uint8s, common: int | None, compressor: zstandard.ZstdCompressor
 ) -> _Column:
     if common is not None and 2 <= common <= _codec.STRIDE_MAX:
         n_sample = max(1, _SAMPLE_SIZE // common)

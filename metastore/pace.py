@@ -8,12 +8,13 @@ compaction leaves processors free, and rests for a multiple of the time it worke
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-__all__ = ["Pace"]
+__all__ = ["Pace", "give_way"]
 
 #: Seconds of rest for each second of work: p99 of commits then stays within about
 #: twice that of an idle store (docs/performance.md).
@@ -22,6 +23,20 @@ _REST_RATIO = 12.0
 _REST_SECONDS_MAX = 0.1
 #: Commits come if one came so many seconds ago.
 _RECENT_SECONDS = 0.25
+
+_local = threading.local()
+
+
+def give_way() -> None:
+    """Let who waits for this processor go first; to be called amid long work.
+
+    Nothing happens but in a thread :meth:`at work <Pace.at_work>` for a gentle pace. A
+    thread that wakes is often put on the processor of a worker while another is free,
+    and stays there until the next tick or the end of a slice: 2 to 4 ms.
+    """
+    pace: Pace | None = getattr(_local, "pace", None)
+    if pace is not None and pace.is_gentle:
+        os.sched_yield()
 
 
 class Pace:
@@ -69,14 +84,14 @@ class Pace:
         """Return how many jobs may be under way if there are so many threads."""
         return self.threads(threads) if self.is_gentle else 2 * threads
 
-    def give_way(self) -> None:
-        """Let who waits for this processor go first; to be called amid long work.
-
-        A thread that wakes is often put on the processor of a worker while another is
-        free, and stays there until the next tick or the end of a slice: 2 to 4 ms.
-        """
-        if self.is_gentle:
-            os.sched_yield()
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """While this thread works for it: :func:`give_way` asks this pace."""
+        _local.pace = self
+        try:
+            yield
+        finally:
+            del _local.pace
 
     def rest(self) -> None:
         """Rest from the work since the last rest, if commits come."""

@@ -57,7 +57,9 @@ _WRITE_SIZE = 1 << 20
 #: Bytes between two syncs: all in one at the end would hold up those of the log, and
 #: leave nothing to do meanwhile. A sync costs the same whatever its size, so there are
 #: fewer while nobody waits.
-_SYNC_SIZE, _SYNC_SIZE_GENTLE = 16 << 20, 1 << 20
+_SYNC_SIZE = 16 << 20
+#: Both while commits come: each block is then written, and synced, by itself.
+_GENTLE_SIZE = 1 << 18
 
 
 class SnapshotReader:
@@ -497,7 +499,8 @@ class SnapshotWriter:
     def _put(self, data: bytes | bytearray | memoryview) -> None:
         self._pending.append(data)
         self._pending_size += len(data)
-        if self._pending_size >= _WRITE_SIZE:
+        gentle = self._pace.is_gentle
+        if self._pending_size >= (_GENTLE_SIZE if gentle else _WRITE_SIZE):
             self._write_pending()
 
     def _write_pending(self) -> None:
@@ -505,7 +508,7 @@ class SnapshotWriter:
             self._file.write(self._pending, self._written)
             self._written += self._pending_size
             self._pending, self._pending_size = [], 0
-        sync_size = _SYNC_SIZE_GENTLE if self._pace.is_gentle else _SYNC_SIZE
+        sync_size = _GENTLE_SIZE if self._pace.is_gentle else _SYNC_SIZE
         if self._written - self._synced >= sync_size:
             self._sync_so_far()
 

@@ -40,7 +40,7 @@ def repeatable() -> Iterator[None]:
         # A snapshot that is synced on the way, too.
         mock.patch.object(snapshot, "_WRITE_SIZE", SECTOR_SIZE // 2),
         mock.patch.object(snapshot, "_SYNC_SIZE", SECTOR_SIZE // 2),
-        mock.patch.object(snapshot, "_SYNC_SIZE_GENTLE", SECTOR_SIZE // 2),
+        mock.patch.object(snapshot, "_GENTLE_SIZE", SECTOR_SIZE // 2),
         # A disk in memory gives way at once: what rests is time in which nothing is
         # tried.
         mock.patch.object(pace, "_REST_SECONDS_MAX", 0.0002),
