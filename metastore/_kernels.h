@@ -222,8 +222,8 @@ static inline void ms_rotate(ms_vector in[8], ms_vector out[8]) {
 #endif
 
 /* Integers from their planes. A step of 0 marks a constant plane: 16 equal bytes. */
-static inline void ms_join8(const uint8_t *const planes[8], const size_t steps[8], uint8_t *out,
-                     size_t n) {
+static inline void ms_join8(const uint8_t *const planes[8], const size_t steps[8],
+                            uint8_t *out, size_t n) {
     size_t i = 0;
 #ifdef MS_VECTOR
     for (; i + 16 <= n; i += 16) {

@@ -267,11 +267,11 @@ def _write_jobs(
         if job.is_copy:
             return job
         with pace.at_work():
-            old = []
-            for block in range(job.block_start, job.block_stop):
-                assert reader is not None
-                give_way()
-                old.append(reader.read_block(block))
+            old = [
+                reader.read_block(block)
+                for block in range(job.block_start, job.block_stop)
+                if reader
+            ]
             give_way()
             merged = merge(concatenate(old), run.part(job.run_start, job.run_stop))
             return [

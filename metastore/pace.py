@@ -60,7 +60,8 @@ class Pace:
         self._n_writes = n_writes
         self._backlog = backlog
         self._hurried = threading.Event()
-        #: Whether half of the threads should do the work of all.
+        #: Whether commits come: then half of the threads do the work of all, give way
+        #: amid it, and sync each block.
         self.is_gentle = False
         self.begin()
 

@@ -44,7 +44,7 @@ from metastore.format import (
     unpack_trailer,
 )
 from metastore.frames import corruption, decode, decode_into, encode, new_table
-from metastore.pace import Pace
+from metastore.pace import Pace, give_way
 from metastore.parallel import ordered_map, submit
 from metastore.read_ahead import ReadAhead
 
@@ -223,6 +223,7 @@ class SnapshotReader:
 
     def read_block(self, block: int) -> Columns:
         """Decode and check one block."""
+        give_way()
         columns, n, status = decode(self.view, self.check_header(block))
         self._check_block(block, n, status, columns)
         self._release(block)
