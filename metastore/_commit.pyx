@@ -208,20 +208,19 @@ cdef class Tail:
         self._ended = error
         return error
 
-    cdef int _write_by_method(self, iovec* buffers, int n) noexcept nogil:
+    cdef int _write_by_method(self, iovec* buffers, int n) noexcept with gil:
         cdef int i
-        with gil:
-            try:
-                views = [
-                    PyMemoryView_FromMemory(
-                        <char*>buffers[i].iov_base, buffers[i].iov_len, PyBUF_READ
-                    )
-                    for i in range(n)
-                ]
-                self._file.write(views, self.size)
-            except BaseException as error:
-                self._raised = error
-                return RAISED
+        try:
+            views = [
+                PyMemoryView_FromMemory(
+                    <char*>buffers[i].iov_base, buffers[i].iov_len, PyBUF_READ
+                )
+                for i in range(n)
+            ]
+            self._file.write(views, self.size)
+        except BaseException as error:
+            self._raised = error
+            return RAISED
         return 0
 
     cdef int sync(self) noexcept nogil:
@@ -231,17 +230,19 @@ cdef class Tail:
         return self._ended
 
     cdef int _sync(self) noexcept nogil:
-        if self._descriptor >= 0:
-            while ms_sync(self._descriptor) < 0:
-                if errno != EINTR:
-                    return errno
-            return 0
-        with gil:
-            try:
-                self._file.sync()
-            except BaseException as error:
-                self._raised = error
-                return RAISED
+        if self._descriptor < 0:
+            return self._sync_by_method()
+        while ms_sync(self._descriptor) < 0:
+            if errno != EINTR:
+                return errno
+        return 0
+
+    cdef int _sync_by_method(self) noexcept with gil:
+        try:
+            self._file.sync()
+        except BaseException as error:
+            self._raised = error
+            return RAISED
         return 0
 
     cdef object error(self, int number):
