@@ -58,8 +58,9 @@ _WRITE_SIZE = 1 << 20
 #: leave nothing to do meanwhile. A sync costs the same whatever its size, so there are
 #: fewer while nobody waits.
 _SYNC_SIZE = 16 << 20
-#: Both while commits come: each block is then written, and synced, by itself.
-_GENTLE_SIZE = 1 << 18
+#: Both while commits come, and the least of a piece: a block is then two, as a rule.
+#: A commit may wait for a piece that the device has; shorter ones come more often.
+_GENTLE_SIZE = 320 << 10
 
 
 class SnapshotReader:
@@ -463,7 +464,8 @@ class SnapshotWriter:
     threads : int
         If there may be more than one, another syncs while this one goes on writing.
     pace : Pace, optional
-        Of the compaction: while it is gentle, less is written between two syncs.
+        Of the compaction: while it is gentle, less is written at once, and each piece
+        synced; between two of them the writer rests.
     """
 
     def __init__(
@@ -481,7 +483,7 @@ class SnapshotWriter:
         self._pace = pace or Pace()
         self._seed = snapshot_seed(store_id)
         self._rows: list[npt.NDArray[np.void]] = []
-        self._pending: list[bytes | bytearray | memoryview] = []
+        self._pending: list[memoryview] = []
         self._pending_size = 0
         self._written = 0
         self._synced = 0
@@ -498,6 +500,16 @@ class SnapshotWriter:
         return self._written + self._pending_size
 
     def _put(self, data: bytes | bytearray | memoryview) -> None:
+        """Append; while commits come in equal pieces, with a rest between them."""
+        rest = memoryview(data)
+        while self._pace.is_gentle and (n_pieces := len(rest) // _GENTLE_SIZE) > 1:
+            size = len(rest) // n_pieces
+            self._put_piece(rest[:size])
+            rest = rest[size:]
+            self._pace.rest()
+        self._put_piece(rest)
+
+    def _put_piece(self, data: memoryview) -> None:
         self._pending.append(data)
         self._pending_size += len(data)
         gentle = self._pace.is_gentle

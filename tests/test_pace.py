@@ -7,8 +7,13 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from metastore import MetadataStore, pace
+from metastore import MetadataStore, pace, snapshot
+from metastore.columns import Columns
+from metastore.directory import Directory, File, FileName
+from metastore.format import FILE_HEADER_SIZE, KIND_BLOCK, FileHeader
+from metastore.frames import encode
 from metastore.pace import Pace, give_way
+from metastore.snapshot import SnapshotReader, SnapshotWriter
 
 
 class Clock:
@@ -196,3 +201,60 @@ def test_a_compaction_gives_way_between_its_steps(tmp_path, monkeypatch):
     assert before > 8  # merge, entropies, each plane that zstd packs, the frame
     assert len(given) > before + 15  # and before each plane that is read
     store.shutdown()
+
+
+def test_a_block_goes_to_the_disk_in_spaced_pieces_while_commits_come(
+    tmp_path, monkeypatch
+):
+    """A commit behind a sync of 0.8 MB waited four times as long as an idle one: C5.
+
+    Each piece is synced and followed by a rest; a rest may also find that the commits
+    have ended, and then what is left is written as always.
+    """
+    done = []
+    n_rests_gentle = 3
+    write, sync = File.write, File.sync
+
+    class Gentle(Pace):
+        def rest(self):
+            done.append("rest")
+            self.is_gentle = done.count("rest") < n_rests_gentle
+
+    def noting_write(file, buffers, offset):
+        done.append(sum(map(len, buffers)))
+        write(file, buffers, offset)
+
+    def noting_sync(file):
+        done.append("sync")
+        sync(file)
+
+    monkeypatch.setattr(snapshot, "_GENTLE_SIZE", 1000)
+    monkeypatch.setattr(File, "write", noting_write)
+    monkeypatch.setattr(File, "sync", noting_sync)
+    rng = np.random.default_rng(1)
+    keys = np.sort(rng.integers(0, 1 << 63, 700, dtype=np.uint64))
+    offsets = np.zeros(701, dtype=np.uint64)
+    columns = Columns(keys, keys + np.uint64(1), offsets, np.zeros(0, dtype=np.uint8))
+    directory = Directory.open_or_create(str(tmp_path))
+    name = FileName("snapshot", 1)
+    gentle = Gentle()
+    gentle.is_gentle = True
+    writer = SnapshotWriter(directory, name, b"s" * 16, 7, pace=gentle)
+    frame = encode(KIND_BLOCK, columns, 1)
+    writer.put_block(columns, frame)
+    size = writer.publish()
+    n_pieces = len(frame) // 1000
+    assert n_pieces > 2 * n_rests_gentle
+    firsts = [x for x in done[: 3 * n_rests_gentle] if isinstance(x, int)]
+    assert done[: 3 * n_rests_gentle] == [
+        step for first in firsts for step in (first, "sync", "rest")
+    ]
+    assert all(1000 <= first < 2000 + FILE_HEADER_SIZE for first in firsts)
+    assert done[3 * n_rests_gentle :] == [size - sum(firsts), "sync"]
+    file = directory.open(str(name))
+    header = FileHeader.unpack(bytes(file.read(0, FILE_HEADER_SIZE)), "snapshot", 1, "")
+    read = SnapshotReader(file, header).read_all()
+    assert np.array_equal(read.keys, keys)
+    assert np.array_equal(read.values, keys + np.uint64(1))
+    file.close()
+    directory.close()
