@@ -501,13 +501,13 @@ class SnapshotWriter:
 
     def _put(self, data: bytes | bytearray | memoryview) -> None:
         """Append; while commits come in equal pieces, with a rest between them."""
-        rest = memoryview(data)
-        while self._pace.is_gentle and (n_pieces := len(rest) // _GENTLE_SIZE) > 1:
-            size = len(rest) // n_pieces
-            self._put_piece(rest[:size])
-            rest = rest[size:]
+        left = memoryview(data)
+        while self._pace.is_gentle and (n_pieces := len(left) // _GENTLE_SIZE) > 1:
+            size = len(left) // n_pieces
+            self._put_piece(left[:size])
+            left = left[size:]
             self._pace.rest()
-        self._put_piece(rest)
+        self._put_piece(left)
 
     def _put_piece(self, data: memoryview) -> None:
         self._pending.append(data)
