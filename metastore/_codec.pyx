@@ -113,6 +113,7 @@ cdef enum:
     NUMBER_RUNS = 8
     NUMBER_RUN = 512
     LOGARITHMS = 4097
+    COPY_SIZE = 16 << 10
 
 FRAME_HEADER_SIZE = HEADER
 KIND_BATCH = BATCH
@@ -190,17 +191,6 @@ cdef void _start_frame(
 cdef void _add_checksum(uint8_t* frame) noexcept nogil:
     cdef uint64_t size = ms_load_u64(frame + 32)
     ms_store_u32(frame + 28, ms_crc32c(0, frame + HEADER, size) ^ CHECKSUM_XOR)
-
-
-def add_checksum(bytearray frame not None):
-    """Put the payload's checksum into a frame that was started without."""
-    if <size_t>len(frame) < HEADER or (
-        ms_load_u64(_at(frame) + 32) > <uint64_t>(len(frame) - HEADER)
-    ):
-        raise ValueError("no whole frame")
-    cdef uint8_t* at = _at(frame)
-    with nogil:
-        _add_checksum(at)
 
 
 def finish_frame(
@@ -327,74 +317,30 @@ def encode_batch(batch):
     return frame
 
 
-def encode_plain(
-    int kind,
-    const uint64_t[::1] keys not None,
-    const uint64_t[::1] values not None,
-    const uint64_t[::1] offsets not None,
-    const uint8_t[::1] user_data not None,
-    bint summed=True,
-):
-    """Start a plain frame from columns that the caller has checked (section 5).
-
-    Unless it is `summed`, :func:`add_checksum` has to follow.
-
-    Returns
-    -------
-    bytearray
-        The frame, to be given to :func:`finish_frame`.
-
-    Raises
-    ------
-    ValueError
-        If what was copied is no batch, since the columns changed after that check: it
-        would be durable, and nothing behind it could be recovered.
-    """
-    cdef Py_ssize_t n = keys.shape[0]
-    _check_columns(n, values.shape[0], offsets.shape[0])
-    if <uint64_t>n >= LENGTH_LIMIT:
-        raise OverflowError(f"a frame of {n} records; the limit is 2**32 - 1")
-    # Each is read once: what is checked is then what bounds the copy, whoever writes.
-    cdef uint64_t first = offsets[0], last = offsets[n]
-    if last < first or last > <uint64_t>user_data.shape[0]:
-        raise ValueError("offsets go beyond the user data")
-    cdef uint64_t total = last - first
-    cdef Py_ssize_t payload_size = 20 * n + total
-    cdef bytearray frame = PyByteArray_FromStringAndSize(
-        NULL, _padded(HEADER + payload_size)
-    )
-    cdef uint8_t* start = _at(frame)
-    cdef uint8_t* at = start + HEADER
-    cdef Py_ssize_t i
-    cdef uint64_t sum_of_lengths = 0, length
-    cdef bint bad = False
-    with nogil:
-        if n:
-            memcpy(at, &keys[0], 8 * n)
-            memcpy(at + 8 * n, &values[0], 8 * n)
-            for i in range(n):
-                ms_store_u32(at + 16 * n + 4 * i, offsets[i + 1] - offsets[i])
-            for i in range(n):
-                length = ms_load_u32(at + 16 * n + 4 * i)
-                sum_of_lengths += length
-                bad |= length != 0 and ms_load_u64(at + 8 * n + 8 * i) == 0
-        if total:
-            memcpy(at + 20 * n, &user_data[first], total)
-        _start_frame(start, kind, PLAIN, n, payload_size, total)
-        if summed:
-            _add_checksum(start)
-    if bad or sum_of_lengths != total:
-        raise ValueError("the arrays were changed while they were encoded")
-    return frame
+cdef uint32_t _copy(
+    uint8_t* to, const uint8_t* data, size_t size, uint32_t crc
+) noexcept nogil:
+    """Copy `data`; return the checksum of the copy, going on from `crc`."""
+    cdef size_t at = 0, step
+    while at < size:  # in pieces that the nearest cache still holds for the checksum
+        step = min(size - at, <size_t>COPY_SIZE)
+        memcpy(to + at, data + at, step)
+        crc = ms_crc32c(crc, to + at, step)
+        at += step
+    return crc
 
 
 def encode_payload(int kind, int layout, uint32_t n, uint64_t user_data_size, payload):
-    """Start a frame around the joined bytes of `payload`, a sequence of buffers."""
+    """Start a frame around the joined bytes of `payload`, a sequence of buffers.
+
+    Each byte of them is read once: what is summed is what was copied.
+    """
     cdef list parts = list(payload)
     cdef Py_buffer views[PARTS_MAX]
     cdef int n_parts = len(parts)
     cdef int n_views = 0, i
     cdef Py_ssize_t payload_size = 0
+    cdef uint32_t crc = 0
     cdef bytearray frame
     cdef uint8_t* start
     cdef uint8_t* at
@@ -410,10 +356,10 @@ def encode_payload(int kind, int layout, uint32_t n, uint64_t user_data_size, pa
         with nogil:  # touching new memory alone may take milliseconds
             at = start + HEADER
             for i in range(n_views):
-                memcpy(at, views[i].buf, views[i].len)
+                crc = _copy(at, <const uint8_t*>views[i].buf, views[i].len, crc)
                 at += views[i].len
             _start_frame(start, kind, layout, n, payload_size, user_data_size)
-            _add_checksum(start)
+            ms_store_u32(start + 28, crc ^ CHECKSUM_XOR)
     finally:
         for i in range(n_views):
             PyBuffer_Release(&views[i])
@@ -1087,6 +1033,38 @@ def split_planes(const uint8_t[::1] data not None, int width):
                 for i in range(n):
                     out[j, i] = data[i * width + j]
     return planes
+
+
+def lengths_between(const uint64_t[::1] offsets not None):
+    """Return the steps of offsets as the lengths of a frame.
+
+    Returns
+    -------
+    lengths : ndarray of uint32, shape (n,)
+    size : int
+        Their sum, of what is in the array, whoever changes the offsets meanwhile.
+
+    Raises
+    ------
+    ValueError
+        If a step is negative or above 2**32 - 1.
+    """
+    cdef Py_ssize_t n = max(offsets.shape[0] - 1, 0)
+    result = np.empty(n, dtype=np.uint32)
+    cdef uint32_t[::1] lengths = result
+    cdef uint64_t step, steps = 0, size = 0
+    cdef Py_ssize_t i
+    with nogil:
+        for i in range(n):
+            step = offsets[i + 1] - offsets[i]
+            steps |= step
+            lengths[i] = <uint32_t>step
+        for i in range(n):
+            size += lengths[i]
+    # A step down is one of at least 2**32, modulo 2**64; or another has to be, before.
+    if steps >= LENGTH_LIMIT:
+        raise ValueError("a step between offsets is no length")
+    return result, size
 
 
 def differences(const uint64_t[::1] numbers not None):

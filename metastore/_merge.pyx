@@ -3,8 +3,8 @@
 A leaf like ``_codec``: arrays in, arrays out. All columns have the shapes of
 ``metastore.columns.Columns``: keys and values uint64 (n,), offsets uint64 (n + 1,) and
 user data uint8 (offsets[n],). Functions release the GIL for their loops and are
-thread-safe; offsets that do not ascend, or go beyond the user data, are refused by
-``longest_between`` and otherwise trusted.
+thread-safe; offsets that do not ascend, or go beyond the user data, were refused by
+``_codec.lengths_between`` or by decoding, and are trusted.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
@@ -27,25 +27,6 @@ cdef enum:
     KEYS_PER_BUCKET = 4     # what a digit is chosen for
     AHEAD = 16              # records that a gather fetches ahead
     INCREASING_RUN = 4096   # keys compared before one that descends ends it
-
-
-def longest_between(const uint64_t[::1] offsets not None, uint64_t user_data_size):
-    """Return the longest step of offsets that go from 0 to `user_data_size`.
-
-    -1 if they do not, or descend.
-    """
-    cdef Py_ssize_t n = offsets.shape[0]
-    cdef Py_ssize_t i
-    cdef uint64_t longest = 0
-    cdef bint bad = False
-    if n == 0:
-        return -1
-    with nogil:
-        bad = offsets[0] != 0 or offsets[n - 1] != user_data_size
-        for i in range(1, n):
-            bad |= offsets[i] < offsets[i - 1]
-            longest = max(longest, offsets[i] - offsets[i - 1])
-    return -1 if bad else longest
 
 
 def is_increasing(const uint64_t[::1] keys not None):

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from metastore import _merge
-from metastore.columns import Columns, Uint8s, Uint64s
+from metastore import _codec
+from metastore.columns import Payload, Uint8s, Uint32s, Uint64s
 from metastore.format import LENGTH_MAX
 
-__all__ = ["columns_of_arrays", "integer_in"]
+__all__ = ["integer_in", "payload_of_arrays"]
 
 
 def integer_in(name: str, number: Any, low: int, high: int) -> int:
@@ -31,7 +31,7 @@ def integer_in(name: str, number: Any, low: int, high: int) -> int:
 
 
 def _uint64s(name: str, array: Any) -> Uint64s:
-    """Return a contiguous, native uint64 array of the same integers."""
+    """Return a contiguous, aligned, native uint64 array of the same integers."""
     found = np.asarray(array)
     if found.size == 0 and not isinstance(array, np.ndarray):
         found = found.astype(np.uint64)  # an empty list has no type of its own
@@ -42,7 +42,7 @@ def _uint64s(name: str, array: Any) -> Uint64s:
     if found.dtype.kind == "i" and found.size and int(found.min()) < 0:
         at = int(np.flatnonzero(found < 0)[0])
         raise OverflowError(f"{name}[{at}] is {int(found[at])}, outside 0 .. 2**64 - 1")
-    return np.ascontiguousarray(found, dtype=np.uint64)
+    return np.require(found, np.uint64, ["C_CONTIGUOUS", "ALIGNED"])
 
 
 def _bytes_of(user_data: Any) -> Uint8s:
@@ -62,41 +62,43 @@ def _bytes_of(user_data: Any) -> Uint8s:
         ) from None
 
 
-def columns_of_arrays(keys: Any, values: Any, offsets: Any, user_data: Any) -> Columns:
-    """Check the arguments of ``insert_arrays`` and return them as columns.
+def payload_of_arrays(keys: Any, values: Any, offsets: Any, user_data: Any) -> Payload:
+    """Check the arguments of ``insert_arrays`` and return them as a frame's columns.
 
-    These may be the caller's own arrays, that another thread changes meanwhile: what is
-    encoded of them is checked once more (``_codec.encode_plain``).
+    Keys and user data may be the caller's own arrays, that another thread changes
+    meanwhile. What a check has accepted is no longer theirs: a frame that contradicts
+    itself would be durable, and nothing behind it could be recovered.
 
     Raises
     ------
     TypeError, ValueError, OverflowError
         The message names the argument and, where there is one, the index.
     """
-    checked = _uint64s("keys", keys)
-    n = len(checked)
-    columns = Columns(
-        checked,
-        _uint64s("values", values),
-        *_user_data_columns(n, offsets, user_data),
-    )
-    if len(columns.values) != n:
-        raise ValueError(f"{n} keys, but {len(columns.values)} values")
+    checked_keys = _uint64s("keys", keys)
+    n = len(checked_keys)
+    checked_values = _uint64s("values", values)
+    lengths, data = _lengths_and_user_data(n, offsets, user_data)
+    if len(checked_values) != n:
+        raise ValueError(f"{n} keys, but {len(checked_values)} values")
     if n > LENGTH_MAX:
         raise OverflowError(f"a batch of {n} records; the limit is 2**32 - 1")
-    deleted = columns.values == 0
-    if columns.user_data_size and deleted.any():
-        at = np.flatnonzero(deleted & (columns.offsets[1:] != columns.offsets[:-1]))
-        if len(at):
-            raise ValueError(
-                f"values[{int(at[0])}] is 0, which deletes, but it has user data"
-            )
-    return columns
+    if len(data):
+        checked_values = checked_values.copy()
+        deleted = checked_values == 0
+        if deleted.any():
+            at = np.flatnonzero(deleted & (lengths != 0))
+            if len(at):
+                raise ValueError(
+                    f"values[{int(at[0])}] is 0, which deletes, but it has user data"
+                )
+    return Payload(checked_keys, checked_values, lengths, data)
 
 
-def _user_data_columns(n: int, offsets: Any, user_data: Any) -> tuple[Uint64s, Uint8s]:
+def _lengths_and_user_data(
+    n: int, offsets: Any, user_data: Any
+) -> tuple[Uint32s, Uint8s]:
     if offsets is None and user_data is None:
-        return np.zeros(n + 1, dtype=np.uint64), np.empty(0, dtype=np.uint8)
+        return np.zeros(n, dtype=np.uint32), np.empty(0, dtype=np.uint8)
     if offsets is None or user_data is None:
         missing = "offsets" if offsets is None else "user_data"
         raise ValueError(
@@ -106,14 +108,23 @@ def _user_data_columns(n: int, offsets: Any, user_data: Any) -> tuple[Uint64s, U
     data = _bytes_of(user_data)
     if len(checked) != n + 1:
         raise ValueError(f"{n} keys need {n + 1} offsets, not {len(checked)}")
-    longest = _merge.longest_between(checked, len(data))
-    if longest < 0:
-        raise ValueError(
-            "offsets must start at 0, never descend, and end at the size of user_data "
-            f"({len(data)} bytes)"
-        )
-    if longest > LENGTH_MAX:
-        raise OverflowError(
+    try:
+        lengths, size = _codec.lengths_between(checked)
+    except ValueError:
+        size = -1
+    if size != len(data) or checked[0] != 0:
+        raise _refusal(checked, data)
+    return lengths, data
+
+
+def _refusal(offsets: Uint64s, data: Uint8s) -> Exception:
+    ascend = not np.any(offsets[1:] < offsets[:-1])
+    if ascend and offsets[0] == 0 and offsets[-1] == len(data):
+        longest = int(_codec.differences(offsets).max())
+        return OverflowError(
             f"user data of {longest} bytes in one record; the limit is 2**32 - 1"
         )
-    return checked, data
+    return ValueError(
+        "offsets must start at 0, never descend, and end at the size of user_data "
+        f"({len(data)} bytes)"
+    )

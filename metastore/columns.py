@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Columns",
+    "Payload",
     "Recovered",
     "concatenate",
     "merge",
@@ -110,6 +111,23 @@ class Columns:
     def arrays(self) -> tuple[Uint64s, Uint64s, Uint64s, Uint8s]:
         """Return keys, values, offsets, user data."""
         return self.keys, self.values, self.offsets, self.user_data
+
+
+class Payload(NamedTuple):
+    """Records as a frame holds them (docs/format.md, section 5).
+
+    Lengths add up to the size of the user data, and where a value is 0 the length is 0.
+    """
+
+    keys: Uint64s
+    values: Uint64s
+    lengths: Uint32s
+    user_data: Uint8s
+
+    @property
+    def size(self) -> int:
+        """Bytes of it, plain."""
+        return sum(column.nbytes for column in self)
 
 
 def concatenate(parts: list[Columns]) -> Columns:

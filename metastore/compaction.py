@@ -25,10 +25,9 @@ from metastore.format import (
     BLOCK_USER_DATA_SIZE_MAX,
     FILE_HEADER_SIZE,
     INDEX_DTYPE,
-    KIND_BLOCK,
     FileHeader,
 )
-from metastore.frames import encode
+from metastore.frames import encode_block
 from metastore.log import read_log
 from metastore.pace import Pace, give_way
 from metastore.parallel import ordered_map
@@ -275,8 +274,7 @@ def _write_jobs(
             give_way()
             merged = merge(concatenate(old), run.part(job.run_start, job.run_stop))
             return [
-                (part, encode(KIND_BLOCK, part, level))
-                for part in split_into_blocks(merged)
+                (part, encode_block(part, level)) for part in split_into_blocks(merged)
             ]
 
     jobs = plan_jobs(index, run.keys)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import zstandard
 
 from metastore import _codec
-from metastore.columns import Columns, Uint8s, Uint32s, Uint64s
+from metastore.columns import Columns, Payload, Uint8s, Uint32s, Uint64s
 from metastore.errors import CorruptionError
 from metastore.format import CHECKSUM_XOR, PACKED_RATIO_MAX, PACKED_SIZE_MAX
 from metastore.pace import give_way
@@ -25,8 +25,9 @@ __all__ = [
     "corruption",
     "decode",
     "decode_into",
-    "encode",
+    "encode_arrays",
     "encode_batch",
+    "encode_block",
     "new_table",
 ]
 
@@ -148,48 +149,52 @@ def corruption(
 
 def encode_batch(batch: Any, level: int) -> bytearray:
     """Start a batch frame from tuples; see ``_codec.encode_batch``."""
-    return _packed_batch(_codec.encode_batch(batch), level)
-
-
-def encode(kind: int, columns: Columns, level: int) -> bytearray:
-    """Start a frame of `kind` from columns, packed where that makes it smaller."""
-    if kind == _codec.KIND_BATCH:
-        # First its own copy: the columns are the user's, who may be changing them.
-        frame = _codec.encode_plain(kind, *columns.arrays(), summed=False)
-        stored = _packed_batch(frame, level)
-        if stored is frame:
-            _codec.add_checksum(frame)
-        return stored
-    start, size = int(columns.offsets[0]), columns.user_data_size
-    packed = _pack(
-        kind,
-        columns.keys,
-        columns.values,
-        _codec.differences(columns.offsets)[1:],
-        columns.user_data[start : start + size],
-        _compressor(level),
-        1.0,
-    )
-    return packed or _codec.encode_plain(kind, *columns.arrays())
-
-
-def _packed_batch(frame: bytearray, level: int) -> bytearray:
-    """Return a plain batch frame packed, if that is worth it."""
+    frame = _codec.encode_batch(batch)
     if len(frame) < _BATCH_SIZE_MIN:
         return frame
+    packed = _pack(_codec.KIND_BATCH, _plain_payload(frame), level, _BATCH_SAVING)
+    return packed or frame
+
+
+def encode_arrays(payload: Payload, level: int) -> bytearray:
+    """Start a batch frame from arrays.
+
+    Another thread may change keys and user data meanwhile, of which every content is a
+    payload; the other two must be the caller's own.
+    """
+    packed = None
+    if payload.size >= _BATCH_SIZE_MIN:
+        packed = _pack(_codec.KIND_BATCH, payload, level, _BATCH_SAVING)
+    return packed or _plain_frame(_codec.KIND_BATCH, payload)
+
+
+def encode_block(columns: Columns, level: int) -> bytearray:
+    """Start a block frame, packed where that makes it smaller."""
+    start, stop = int(columns.offsets[0]), int(columns.offsets[-1])
+    lengths, size = _codec.lengths_between(columns.offsets)
+    user_data = columns.user_data[start:stop]
+    if len(user_data) != size:
+        raise ValueError("offsets go beyond the user data")
+    payload = Payload(columns.keys, columns.values, lengths, user_data)
+    packed = _pack(_codec.KIND_BLOCK, payload, level, 1.0)
+    return packed or _plain_frame(_codec.KIND_BLOCK, payload)
+
+
+def _plain_frame(kind: int, payload: Payload) -> bytearray:
+    n, size = len(payload.keys), len(payload.user_data)
+    return _codec.encode_payload(kind, _codec.LAYOUT_PLAIN, n, size, payload)
+
+
+def _plain_payload(frame: bytearray) -> Payload:
     n = int.from_bytes(frame[24:28], "little")
     user_data_size = int.from_bytes(frame[40:48], "little")
     at = _codec.FRAME_HEADER_SIZE
-    packed = _pack(
-        _codec.KIND_BATCH,
+    return Payload(
         np.frombuffer(frame, np.uint64, n, at),
         np.frombuffer(frame, np.uint64, n, at + 8 * n),
         np.frombuffer(frame, np.uint32, n, at + 16 * n),
         np.frombuffer(frame, np.uint8, user_data_size, at + 20 * n),
-        _compressor(level),
-        _BATCH_SAVING,
     )
-    return packed or frame
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,27 +218,19 @@ def _raw(data: Uint8s) -> _Section:
     return _Section(_codec.ENCODING_RAW, 0, data)
 
 
-def _pack(
-    kind: int,
-    keys: Uint64s,
-    values: Uint64s,
-    lengths: Uint32s | Uint64s,
-    user_data: Uint8s,
-    compressor: zstandard.ZstdCompressor,
-    saving: float,
-) -> bytearray | None:
+def _pack(kind: int, payload: Payload, level: int, saving: float) -> bytearray | None:
     """Return a packed frame, or None if it would not be small enough or allowed."""
-    n = len(keys)
-    user_data_size = len(user_data)
-    plain_size = 20 * n + user_data_size
+    n, user_data_size = len(payload.keys), len(payload.user_data)
+    plain_size = payload.size
     if n == 0 or plain_size > PACKED_SIZE_MAX:
         return None
-    common = _common_length(lengths)
+    common = _common_length(payload.lengths)
+    compressor = _compressor(level)
     packed = [
-        _pack_numbers(keys, compressor),
-        _pack_numbers(values, compressor),
-        _pack_lengths(lengths, common, compressor),
-        _pack_user_data(user_data, common, compressor),
+        _pack_numbers(payload.keys, compressor),
+        _pack_numbers(payload.values, compressor),
+        _pack_lengths(payload.lengths, common, compressor),
+        _pack_user_data(payload.user_data, common, compressor),
     ]
     sections = [section for column in packed for section in column.sections]
     table = b"".join(
@@ -246,9 +243,9 @@ def _pack(
     size = len(table) + sum(len(section.stored) for section in sections)
     if size >= plain_size * saving or plain_size > PACKED_RATIO_MAX * size:
         return None
-    payload = [table, *(section.stored for section in sections)]
+    stored = [table, *(section.stored for section in sections)]
     give_way()
-    return _codec.encode_payload(kind, _codec.LAYOUT_PACKED, n, user_data_size, payload)
+    return _codec.encode_payload(kind, _codec.LAYOUT_PACKED, n, user_data_size, stored)
 
 
 def _pack_section(data: Uint8s, compressor: zstandard.ZstdCompressor) -> _Section:
@@ -259,17 +256,22 @@ def _pack_section(data: Uint8s, compressor: zstandard.ZstdCompressor) -> _Sectio
         return _constant(max(byte, 0))
     if _is_compressible(data, compressor):
         give_way()
-        stored = compressor.compress(data.data)
+        stored = _compress(data, compressor)
         if len(stored) < len(data):
             return _Section(_codec.ENCODING_ZSTD, 0, stored)
     return _raw(data)
+
+
+def _compress(data: Uint8s, compressor: zstandard.ZstdCompressor) -> bytes:
+    # Of a copy: of bytes that change meanwhile zstd might make what is no frame.
+    return compressor.compress(data.tobytes())
 
 
 def _is_compressible(data: Uint8s, compressor: zstandard.ZstdCompressor) -> bool:
     if _codec.entropy_of_sample(data) <= _ENTROPY_BITS_MAX:
         return True
     sample = data[:_SAMPLE_SIZE]
-    return len(compressor.compress(sample.data)) < len(sample) * _SAMPLE_SAVING
+    return len(_compress(sample, compressor)) < len(sample) * _SAMPLE_SAVING
 
 
 def _pack_numbers(numbers: Uint64s, compressor: zstandard.ZstdCompressor) -> _Column:
@@ -295,19 +297,17 @@ def _pack_planes(
     return sections
 
 
-def _common_length(lengths: Uint32s | Uint64s) -> int | None:
-    return (
-        int(lengths[0]) if _codec.repeats(_bytes(lengths), lengths.itemsize) else None
-    )
+def _common_length(lengths: Uint32s) -> int | None:
+    return int(lengths[0]) if _codec.repeats(_bytes(lengths), 4) else None
 
 
 def _pack_lengths(
-    lengths: Uint32s | Uint64s, common: int | None, compressor: zstandard.ZstdCompressor
+    lengths: Uint32s, common: int | None, compressor: zstandard.ZstdCompressor
 ) -> _Column:
     if common is not None:
         planes = [_constant(byte) for byte in common.to_bytes(4, "little")]
     else:
-        planes = _pack_planes(_bytes(lengths.astype(np.uint32)), 4, compressor)
+        planes = _pack_planes(_bytes(lengths), 4, compressor)
     return _Column(_codec.FILTER_NONE, planes)
 
 
@@ -318,9 +318,10 @@ def _pack_user_data(
         n_sample = max(1, _SAMPLE_SIZE // common)
         sample = user_data[: n_sample * common]
         bits = _codec.entropy_of_planes(sample, common)
-        rows_size = len(compressor.compress(sample.data))
         planes_size = sum(bits) / 8 * (len(sample) / common)
-        if min(bits) <= _ENTROPY_BITS_MAX and planes_size < rows_size:
+        if min(bits) <= _ENTROPY_BITS_MAX and planes_size < len(
+            _compress(sample, compressor)
+        ):
             return _Column(
                 _codec.FILTER_NONE, _pack_planes(user_data, common, compressor)
             )

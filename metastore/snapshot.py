@@ -32,7 +32,6 @@ from metastore.format import (
     FRAME_HEADER_SIZE,
     INDEX_DTYPE,
     INDEX_HEAD,
-    KIND_BLOCK,
     KIND_END,
     LAYOUT_PLAIN,
     PACKED_RATIO_MAX,
@@ -43,7 +42,7 @@ from metastore.format import (
     snapshot_seed,
     unpack_trailer,
 )
-from metastore.frames import corruption, decode, decode_into, encode, new_table
+from metastore.frames import corruption, decode, decode_into, encode_block, new_table
 from metastore.pace import Pace, give_way
 from metastore.parallel import ordered_map, submit
 from metastore.read_ahead import ReadAhead
@@ -536,7 +535,7 @@ class SnapshotWriter:
         self._syncing = submit(self._pool, lambda file: file.sync(), self._file)
 
     def put_block(self, columns: Columns, frame: bytearray) -> None:
-        """Append a block that :func:`frames.encode` made of `columns`."""
+        """Append a block that :func:`frames.encode_block` made of `columns`."""
         _codec.finish_frame(frame, self._seed, 0, 0)
         row = np.zeros(1, INDEX_DTYPE)
         row["offset"] = self.size
@@ -550,7 +549,7 @@ class SnapshotWriter:
 
     def encode_and_put(self, columns: Columns, level: int) -> None:
         """Encode and append one block."""
-        self.put_block(columns, encode(KIND_BLOCK, columns, level))
+        self.put_block(columns, encode_block(columns, level))
 
     def copy_block(self, reader: SnapshotReader, block: int) -> None:
         """Append a block of another snapshot of this store, byte for byte."""

@@ -12,12 +12,11 @@ from typing import Any, Literal
 
 import numpy.typing as npt
 
-from metastore.arguments import columns_of_arrays, integer_in
+from metastore.arguments import integer_in, payload_of_arrays
 from metastore.columns import Recovered
 from metastore.directory import Directory, DirectoryProtocol
 from metastore.engine import Engine, Options, open_engine
-from metastore.format import KIND_BATCH
-from metastore.frames import encode, encode_batch
+from metastore.frames import encode_arrays, encode_batch
 from metastore.recovery import Progress
 from metastore.report import StoreStats
 
@@ -198,8 +197,8 @@ class MetadataStore:
             integer types, byte orders and strides are converted.
         """
         self._engine.check()
-        columns = columns_of_arrays(keys, values, offsets, user_data)
-        frame = encode(KIND_BATCH, columns, self._engine.compression_level)
+        payload = payload_of_arrays(keys, values, offsets, user_data)
+        frame = encode_arrays(payload, self._engine.compression_level)
         return self._engine.commit(frame, sync)
 
     def sync(self) -> None:

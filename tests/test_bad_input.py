@@ -10,14 +10,19 @@ import contextlib
 import mmap
 import os
 import resource
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
-from metastore import MetadataStore
+import metastore.store
+from metastore import MetadataStore, frames
+from metastore.arguments import payload_of_arrays
 from metastore.errors import StoreClosedError
+from metastore.frames import encode_arrays
 from verbs import content, lasting, read
 
 GOOD = [(1, (10, b"one")), (2, (20, b"two"))]
@@ -354,6 +359,113 @@ def test_bad_arrays_are_refused(db, changed, error):
         store.insert_arrays(**arguments)
 
 
+def many_records(shape):
+    """Arrays above the size that packing is tried from, each stored in another form."""
+    rng = np.random.default_rng(5)
+    n = 9_000
+    keys = rng.integers(0, 2**64, n, np.uint64)
+    values = rng.integers(1, 2**64, n, np.uint64)
+    if shape == "random":
+        lengths = np.full(n, 8)
+    elif shape == "text":
+        lengths = rng.integers(0, 40, n)
+    else:  # of high entropy, and yet zstd shortens them: runs that repeat
+        keys, values = np.tile(keys[:500], 18), np.tile(values[:500], 18)
+        lengths = np.zeros(n, np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint64)
+    top = 4 if shape == "text" else 256
+    user_data = rng.integers(0, top, int(offsets[-1]), np.uint8)
+    return keys, values, offsets, user_data
+
+
+def scribble(keys, values, offsets, user_data):
+    """Make them what no batch may be; keys and user data may be anything."""
+    values[:] = 0
+    offsets[:] = 2**63
+    keys[:] = 7
+    user_data[:] = 7
+
+
+@pytest.mark.parametrize("shape", ["random", "text", "repeating"])
+def test_arrays_that_change_behind_their_check(db, recover, monkeypatch, shape):
+    """A frame that contradicts itself would be durable, and end every recovery.
+
+    Another thread may change the arrays of ``insert_arrays`` until they are in the
+    frame; here between the check and the encoding.
+    """
+    arrays = many_records(shape)
+    _, values, offsets, user_data = [array.copy() for array in arrays]
+
+    def scribble_and_encode(payload, level):
+        scribble(*arrays)
+        return encode_arrays(payload, level)
+
+    monkeypatch.setattr(metastore.store, "encode_arrays", scribble_and_encode)
+    store, _ = recover()
+    assert store.insert_arrays(*arrays) == 1
+    store.shutdown()
+    _, recovered = recover()
+    if len(user_data):
+        length = int(offsets[-1] - offsets[-2])
+        assert list(recovered) == [(7, int(values[-1]), b"\7" * length)]
+    else:
+        assert not len(recovered)  # without user data any value is one, also 0
+
+
+@pytest.mark.parametrize("shape", ["random", "text", "repeating"])
+def test_arrays_that_change_while_they_are_packed(db, recover, monkeypatch, shape):
+    """What zstd reads is a copy: of bytes that change it may make what is no frame."""
+    arrays = many_records(shape)
+    read = []
+
+    class Noting:
+        def __init__(self, level):
+            self.compressor = zstandard.ZstdCompressor(level=level)
+
+        def compress(self, data):
+            read.append(np.frombuffer(data, np.uint8))
+            return self.compressor.compress(data)
+
+    monkeypatch.setattr(frames, "_compressor", Noting)
+    store, _ = recover()
+    store.insert_arrays(*arrays)
+    store.shutdown()
+    assert len(read) > (2 if shape == "random" else 3)
+    assert not any(np.shares_memory(data, array) for data in read for array in arrays)
+
+
+def test_arrays_that_another_thread_keeps_changing(db, recover):
+    """Each batch holds what no moment did, and each is one that recovery takes."""
+    arrays = many_records("text")
+    original = [array.copy() for array in arrays]
+    done = threading.Event()
+
+    def change():
+        while not done.is_set():
+            scribble(*arrays)
+            for array, before in zip(arrays, original, strict=True):
+                array[:] = before
+
+    store, _ = recover()
+    changing = threading.Thread(target=change)
+    changing.start()
+    written = refused = 0
+    try:
+        while written < 60 and refused < 5_000:
+            try:
+                store.insert_arrays(*arrays, sync=False)
+                written += 1
+            except (ValueError, OverflowError):
+                refused += 1
+    finally:
+        done.set()
+        changing.join()
+    store.shutdown()
+    assert written
+    _, recovered = recover()
+    assert recovered.report.sequence == written
+
+
 @pytest.mark.parametrize(
     "reshape",
     [
@@ -383,6 +495,17 @@ def test_arrays_of_another_layout_are_converted(db, recover, reshape, name):
     store.insert_arrays(**arguments)
     store.shutdown()
     assert read(db) == {1: (99, b"aaa"), 50: (99, b"bbb")}
+
+
+def test_what_the_kernels_read_is_aligned():
+    """A loop that the compiler vectorised may count on it; a buffer's slice is not."""
+    unaligned = [
+        np.frombuffer(b"!" + array.tobytes(), np.uint8)[1:].view(array.dtype)
+        for array in (KEYS, VALUES, OFFSETS, USER_DATA)
+    ]
+    assert not any(array.flags.aligned for array in unaligned[:3])
+    for column in payload_of_arrays(*unaligned):
+        assert column.flags.aligned
 
 
 def test_a_bad_sync_argument_is_no_reason_to_write(db):

@@ -34,6 +34,7 @@ from metastore import (
     snapshot,
 )
 from metastore import format as layouts
+from metastore.arguments import payload_of_arrays
 from metastore.columns import Columns, Recovered
 from metastore.directory import Directory
 from metastore.errors import CorruptionError, FormatVersionError
@@ -73,6 +74,12 @@ def finished(frame: bytearray) -> bytes:
     return bytes(frame)
 
 
+def arrays_frame(records: Records) -> bytearray:
+    """The frame that ``insert_arrays`` starts."""
+    payload = payload_of_arrays(*to_columns(records).arrays())
+    return frames.encode_arrays(payload, LEVEL)
+
+
 def batch_frame(payload: oracle.Payload) -> bytes:
     """The frame of a batch around any payload, valid or not."""
     return oracle.pack_frame(
@@ -95,14 +102,14 @@ def test_oracle_reads_a_batch_of_tuples(records: Records) -> None:
 @settings(max_examples=30)
 @given(strategies.batches())
 def test_oracle_reads_plain_columns(records: Records) -> None:
-    data = finished(frames.encode(_codec.KIND_BATCH, to_columns(records), LEVEL))
+    data = finished(arrays_frame(records))
     assert data == batch_frame(oracle.pack_plain(records))
 
 
 @settings(max_examples=45)
 @given(strategies.shaped, st.sampled_from([1, 3, 9]))
 def test_oracle_reads_blocks(records: Records, level: int) -> None:
-    frame = frames.encode(_codec.KIND_BLOCK, to_columns(records), level)
+    frame = frames.encode_block(to_columns(records), level)
     _codec.finish_frame(frame, SNAPSHOT.seed, 0, 0)
     block = oracle.read_frame(bytes(frame), 0, SNAPSHOT, 10)
     assert block.records == records
@@ -121,6 +128,12 @@ def test_oracle_reads_blocks(records: Records, level: int) -> None:
     assert _codec.first_disorder(found.keys, found.values) == -1
 
 
+def test_a_block_is_within_its_user_data() -> None:
+    keys, values, offsets, user_data = to_columns(SORTED).arrays()
+    with pytest.raises(ValueError, match="beyond the user data"):
+        frames.encode_block(Columns(keys, values, offsets, user_data[:-1]), LEVEL)
+
+
 @settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["any", "text", "counter"]))
 def test_oracle_reads_large_batches(seed: int, user_data: str) -> None:
@@ -130,7 +143,7 @@ def test_oracle_reads_large_batches(seed: int, user_data: str) -> None:
     records += [(key, 0, b"") for key, _, _ in records[:20]] + records[10:15]
     batch = as_batch(records)
     for frame in (
-        frames.encode(_codec.KIND_BATCH, to_columns(records), LEVEL),
+        arrays_frame(records),
         frames.encode_batch(batch, LEVEL),
     ):
         data = finished(frame)
@@ -151,7 +164,7 @@ def test_every_form_of_packing_is_written(rng: random.Random) -> None:
     found = set()
     for shape in shapes:
         records = strategies.shaped_records(rng, 300, *shape)
-        frame = frames.encode(_codec.KIND_BLOCK, to_columns(records), LEVEL)
+        frame = frames.encode_block(to_columns(records), LEVEL)
         found |= forms_of(bytes(frame))
     assert found >= {
         *(("keys", form) for form in ("delta", "planes", "zstd")),
@@ -1123,18 +1136,6 @@ def test_repeats(rng: random.Random) -> None:
             _codec.repeats(np.zeros(9, np.uint8), width)
 
 
-def test_a_checksum_that_is_added_later_is_the_same() -> None:
-    columns = to_columns(SORTED)
-    whole = _codec.encode_plain(_codec.KIND_BATCH, *columns.arrays())
-    late = _codec.encode_plain(_codec.KIND_BATCH, *columns.arrays(), summed=False)
-    assert late != whole
-    _codec.add_checksum(late)
-    assert late == whole
-    for size in (0, 47, len(whole) - 8):
-        with pytest.raises(ValueError, match="no whole frame"):
-            _codec.add_checksum(whole[:size])
-
-
 def test_planes_of_other_sizes_are_refused() -> None:
     for width in (-1, 0, 2, 65):
         with pytest.raises(ValueError, match=f"of {width} bytes"):
@@ -1154,22 +1155,6 @@ def test_a_payload_of_many_parts() -> None:
         _codec.encode_payload(1, 0, 0, 0, [b""] * 86)
     with pytest.raises(TypeError):
         _codec.encode_payload(1, 0, 0, 0, [b"bytes", 5])
-
-
-def test_arrays_that_change_behind_their_check_are_refused() -> None:
-    """A frame that contradicts itself would be durable, and end every recovery.
-
-    The arrays of ``insert_arrays`` are not copied before they are checked; another
-    thread may change them until they are in the frame.
-    """
-    keys, values = uint64s([1, 2]), uint64s([5, 0])
-    data = np.zeros(8, np.uint8)
-    with pytest.raises(ValueError, match="were changed"):
-        _codec.encode_plain(1, keys, values, uint64s([0, 4, 8]), data)
-    values[1] = 6
-    with pytest.raises(ValueError, match="were changed"):
-        _codec.encode_plain(1, keys, values, uint64s([0, 9, 8]), data)
-    assert _codec.encode_plain(1, keys, values, uint64s([0, 4, 8]), data)
 
 
 @settings(max_examples=45)
@@ -1304,14 +1289,25 @@ def test_concatenate(batches: list[Records], skip: int) -> None:
     assert joined.offsets[0] == 0
 
 
-@settings(max_examples=30)
-@given(st.lists(st.integers(0, 6), max_size=8), st.integers(0, 40))
-def test_longest_between(numbers: list[int], size: int) -> None:
-    ascending = all(a <= b for a, b in itertools.pairwise(numbers))
-    ends = bool(numbers) and numbers[0] == 0 and numbers[-1] == size
-    steps = [b - a for a, b in itertools.pairwise(numbers)]
-    expected = max(steps, default=0) if ascending and ends else -1
-    assert _merge.longest_between(uint64s(numbers), size) == expected
+@settings(max_examples=60)
+@given(
+    st.lists(st.integers(0, 6) | st.integers(0, 2**64 - 1), max_size=9),
+    st.sampled_from([0, 5, 2**32 - 2, 2**63]),
+    st.booleans(),
+)
+def test_lengths_between(numbers: list[int], start: int, ascending: bool) -> None:
+    if ascending:
+        numbers = list(itertools.accumulate(numbers, initial=start))
+        numbers = [number for number in numbers if number < 2**64]
+    steps = [(b - a) % 2**64 for a, b in itertools.pairwise(numbers)]
+    if any(step >= 2**32 for step in steps):
+        with pytest.raises(ValueError, match="no length"):
+            _codec.lengths_between(uint64s(numbers))
+        return
+    lengths, size = _codec.lengths_between(uint64s(numbers))
+    assert lengths.dtype == np.uint32
+    assert lengths.tolist() == steps
+    assert size == sum(steps)
 
 
 @settings(max_examples=30)

@@ -194,13 +194,13 @@ def test_its_threads_interrupt_no_other(tmp_path, monkeypatch):
     of commits was 1.75 ms instead of 1.0.
     """
     found = set()
-    encode = compaction.encode
+    encode_block = compaction.encode_block
 
     def noting(*args):
         found.add(os.sched_getscheduler(0))
-        return encode(*args)
+        return encode_block(*args)
 
-    monkeypatch.setattr(compaction, "encode", noting)
+    monkeypatch.setattr(compaction, "encode_block", noting)
     before = os.sched_getscheduler(0)
     store = ten_blocks(tmp_path, 2)
     store.compact()

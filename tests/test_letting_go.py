@@ -224,7 +224,7 @@ def forget_in_a_cycle(store: list[object]) -> None:
 def test_a_compaction_may_collect_its_own_store(db, monkeypatch, threads):
     """Its worker waited for the compaction, and that for the worker: for ever."""
     write(db, numbered(5))
-    with collecting_in(monkeypatch, compaction, "encode") as collect:
+    with collecting_in(monkeypatch, compaction, "encode_block") as collect:
         options = {"log_size_bytes_min": 1, "threads": threads}
         forget_in_a_cycle([MetadataStore.recover(db, **options)[0]])
         collect()

@@ -10,8 +10,8 @@ import pytest
 from metastore import MetadataStore, pace, snapshot
 from metastore.columns import Columns
 from metastore.directory import Directory, File, FileName
-from metastore.format import FILE_HEADER_SIZE, KIND_BLOCK, FileHeader
-from metastore.frames import encode
+from metastore.format import FILE_HEADER_SIZE, FileHeader
+from metastore.frames import encode_block
 from metastore.pace import Pace, give_way
 from metastore.snapshot import SnapshotReader, SnapshotWriter
 
@@ -240,7 +240,7 @@ def test_a_block_goes_to_the_disk_in_spaced_pieces_while_commits_come(
     gentle = Gentle()
     gentle.is_gentle = True
     writer = SnapshotWriter(directory, name, b"s" * 16, 7, pace=gentle)
-    frame = encode(KIND_BLOCK, columns, 1)
+    frame = encode_block(columns, 1)
     writer.put_block(columns, frame)
     size = writer.publish()
     n_pieces = len(frame) // 1000
