@@ -42,6 +42,8 @@ class Load:
     seconds_max: float = 0
     #: Whether one more thread spins in pure Python.
     spin: bool = False
+    #: How long each thread computes, in Python, between two commits.
+    compute_seconds: float = 0
 
 
 class _Spinner:
@@ -90,6 +92,7 @@ def commit_rate(side: type[Peer], path: str, load: Load) -> dict[str, Any]:
     batches = _batches(load)
     store = side(path)
     ready = threading.Barrier(load.n_threads + 1)
+    compute_ns = int(load.compute_seconds * 1e9)
 
     def work(own: list[Batch]) -> list[int]:
         found = []
@@ -101,7 +104,10 @@ def commit_rate(side: type[Peer], path: str, load: Load) -> dict[str, Any]:
             if started > stop:
                 break
             store.commit(batch)
-            found.append(clock() - started)
+            ended = clock()
+            found.append(ended - started)
+            while clock() < ended + compute_ns:
+                pass
         return found
 
     shares = [batches[number :: load.n_threads] for number in range(load.n_threads)]
@@ -449,8 +455,8 @@ def c6(settings: Settings) -> list[Row]:
     seconds = max(0.3, 2 * min(1, settings.scale))
     alone = isolated(_spins_alone, seconds).result
     rows = []
-    for n_threads in (1, 8):
-        load = Load(50_000, 1, n_threads, seconds_max=seconds, spin=True)
+    for n_threads, compute in ((1, 0.0), (8, 0.0), (8, 50e-6)):
+        load = Load(50_000, 1, n_threads, seconds, spin=True, compute_seconds=compute)
         kept: dict[str, Any] = {}
         sides = {
             side.name: measured(settings, side, load, kept)
@@ -458,9 +464,11 @@ def c6(settings: Settings) -> list[Row]:
             if side.commits
         }
         row = Row(
-            f"C6 {n_threads}",
+            f"C6 {n_threads}{' computing' if compute else ''}",
             f"durable commits of one record, {n_threads} thread"
-            f"{'s' if n_threads > 1 else ''}, beside one that spins",
+            f"{'s' if n_threads > 1 else ''}"
+            f"{f' that compute {compute * 1e6:.0f} us between two' if compute else ''}"
+            ", beside one that spins",
             "/s",
             alternate(settings.repeat, sides),
         )
