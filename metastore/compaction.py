@@ -10,9 +10,10 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,7 @@ from metastore.format import (
     FileHeader,
 )
 from metastore.frames import encode_block
+from metastore.gate import Gate
 from metastore.log import read_log
 from metastore.pace import Pace, give_way
 from metastore.parallel import ordered_map
@@ -38,6 +40,8 @@ __all__ = ["Compactor", "Job", "compact", "plan_jobs"]
 #: A block with fewer records, and few bytes, is joined with its neighbour.
 _BLOCK_RECORDS_MIN = BLOCK_RECORDS_TARGET // 2
 _BLOCK_USER_DATA_SIZE_MIN = BLOCK_USER_DATA_SIZE_MAX // 2
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,8 +303,29 @@ def _yield_to_commits() -> None:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    run: Callable[[], Any]
+    is_brief: bool
+    #: Whether it is left undone if the compactor is stopped before.
+    is_dropped: bool = True
+
+
+_NOTHING = _Task(lambda: None, is_brief=True)
+
+
+def _taken(things: queue.SimpleQueue[T]) -> Iterator[T]:
+    """Take out what is there, as others may at the same time."""
+    with contextlib.suppress(queue.Empty):
+        while True:
+            yield things.get_nowait()
+
+
 class Compactor:
     """The one background thread: it runs tasks in order until it is stopped.
+
+    Who calls takes no lock. A signal handler may come at any moment of a call, raise,
+    or stop the compactor, for whose thread it then waits: neither may find one taken.
 
     Parameters
     ----------
@@ -314,12 +339,15 @@ class Compactor:
         self, on_failure: Callable[[BaseException], None], inline: bool = False
     ) -> None:
         self._on_failure = on_failure
-        self._changed = threading.Condition()
-        self._tasks: list[tuple[Callable[[], Any], bool]] = []
-        self._is_busy = False
-        self._is_brief = False  # what it is busy with
+        self._tasks: queue.SimpleQueue[_Task] = queue.SimpleQueue()
+        self._running: list[_Task] = []  # inline a task may submit one
         self._is_stopping = False
-        self._last: Callable[[], Any] | None = None
+        self._has_ended = inline
+        self._ended = Gate()
+        #: Who waits until there is no task, and what is to be done when none runs any
+        #: more: by who takes it out.
+        self._gates: queue.SimpleQueue[Gate] = queue.SimpleQueue()
+        self._lasts: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if not inline:
             # A daemon, since interpreter exit must not wait for a forgotten store.
@@ -330,25 +358,22 @@ class Compactor:
 
     def submit(self, task: Callable[[], Any], *, is_brief: bool = False) -> None:
         """Queue a task; a brief one waits for no other thread."""
-        with self._changed:
-            if self._is_stopping:
-                return
-            self._tasks.append((task, is_brief))
-            self._changed.notify_all()
         if self._thread is None:
-            self._run_next()
+            self._run(_Task(task, is_brief))
+        else:
+            self._tasks.put(_Task(task, is_brief))
 
     def wait_idle(self) -> None:
         """Return when no task runs and none waits."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._tasks and not self._is_busy)
+        gate = Gate()
+        self._tasks.put(_Task(lambda: self._gates.put(gate), True, is_dropped=False))
+        if self._has_ended:  # maybe before it saw that
+            self._end()
+        gate.wait()
 
     def stop(self) -> None:
         """Let a running task end, drop those that wait, end the thread; idempotent."""
-        with self._changed:
-            self._is_stopping = True
-            self._tasks.clear()
-            self._changed.notify_all()
+        self._ask_to_stop()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -357,43 +382,56 @@ class Compactor:
 
         Any thread may call it, also one that the running task waits for, or its own.
         """
-        with self._changed:
-            self._is_stopping = True
-            self._tasks.clear()
-            self._changed.notify_all()
-            here = threading.current_thread()
-            if self._is_brief and self._thread not in (None, here):
-                self._changed.wait_for(lambda: not self._is_busy)
-            if self._is_busy:
-                self._last = last
-            else:
-                last()
+        self._ask_to_stop()
+        # What begins from now on is dropped (see _run), so what is missing in this list
+        # may be counted on not to run.
+        running = self._running[:]
+        is_elsewhere = self._thread not in (None, threading.current_thread())
+        if running and all(task.is_brief for task in running) and is_elsewhere:
+            self._ended.wait()
+        self._lasts.put(last)
+        if not self._running:
+            self._do_lasts()
+
+    def _ask_to_stop(self) -> None:
+        self._is_stopping = True
+        self._tasks.put(_NOTHING)  # it may be waiting for one
 
     def _work(self) -> None:
         _yield_to_commits()
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._tasks or self._is_stopping)
-                if not self._tasks:
-                    return
-            self._run_next()
+        while not self._is_stopping:
+            self._run(self._tasks.get())
+            if self._tasks.empty():
+                self._open_gates()
+        self._has_ended = True
+        self._end()
+        self._ended.open()
 
-    def _run_next(self) -> None:
-        with self._changed:
-            if not self._tasks:
-                return
-            task, self._is_brief = self._tasks.pop(0)
-            self._is_busy = True
+    def _run(self, task: _Task) -> None:
+        self._running.append(task)
         try:
-            task()
+            # Asked only now: who stops it looks for what runs afterwards.
+            if not (self._is_stopping and task.is_dropped):
+                task.run()
         except BaseException as error:
             self._on_failure(error)
-            with self._changed:
-                self._is_stopping = True
-                self._tasks.clear()
+            self._is_stopping = True
         finally:
-            with self._changed:
-                self._is_busy = False
-                self._changed.notify_all()
-                if self._last is not None:
-                    self._last()
+            self._running.pop()
+        if self._is_stopping and self._thread is None and not self._running:
+            self._do_lasts()
+
+    def _end(self) -> None:
+        for task in _taken(self._tasks):
+            if not task.is_dropped:
+                task.run()
+        self._open_gates()
+        self._do_lasts()
+
+    def _open_gates(self) -> None:
+        for gate in _taken(self._gates):
+            gate.open()
+
+    def _do_lasts(self) -> None:
+        for last in _taken(self._lasts):
+            last()

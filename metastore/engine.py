@@ -220,31 +220,36 @@ class Engine:
             is_first = self._failure is None
             if is_first:
                 self._failure = error
-            self._commits.close()
+        self._commits.close()
         if is_first:  # not with the mutex: who handles it may ask for the stats
             _logger.error("the store failed (%s): %s", self._directory.path, error)
 
     def stats(self) -> StoreStats:
         """Return how the store stands."""
         commits = self._commits
+        # No call with the mutex, so no signal handler: it might wait for the compaction
+        # to end, which asks for the mutex.
         with self._mutex:
-            sealed = [*self._compacting, *self._sealed]
-            return StoreStats(
-                sequence=self._log.sequence - 1,
-                sequence_durable=commits.durable,
-                log_number=self._log.name.number,
-                log_size=self._log.size,
-                n_logs_sealed=len(sealed),
-                logs_sealed_size=sum(log.size for log in sealed),
-                snapshot_number=self._snapshot.number if self._snapshot else 0,
-                snapshot_size=self._snapshot_size,
-                n_batches=commits.n_batches,
-                n_writes=commits.n_writes,
-                n_syncs=commits.n_syncs + self._n_rotations,
-                n_rotations=self._n_rotations,
-                n_compactions=self._n_compactions,
-                failure=None if self._failure is None else str(self._failure),
-            )
+            log = self._log
+            sealed = self._compacting + self._sealed
+            snapshot, snapshot_size = self._snapshot, self._snapshot_size
+            n_rotations, n_compactions = self._n_rotations, self._n_compactions
+        return StoreStats(
+            sequence=log.sequence - 1,
+            sequence_durable=commits.durable,
+            log_number=log.name.number,
+            log_size=log.size,
+            n_logs_sealed=len(sealed),
+            logs_sealed_size=sum(log.size for log in sealed),
+            snapshot_number=snapshot.number if snapshot else 0,
+            snapshot_size=snapshot_size,
+            n_batches=commits.n_batches,
+            n_writes=commits.n_writes,
+            n_syncs=commits.n_syncs + n_rotations,
+            n_rotations=n_rotations,
+            n_compactions=n_compactions,
+            failure=None if self._failure is None else str(self._failure),
+        )
 
     # ---- commit ----
 
@@ -446,6 +451,8 @@ class Engine:
                 self._directory.remove(self._prepared[0].temporary)
         except BaseException as error:
             self._fail(error)
+            if not isinstance(error, Exception):
+                raise
             raise self._failed() from self._failure
         finally:
             self._close()

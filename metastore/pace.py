@@ -14,6 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from metastore.gate import Gate
+
 __all__ = ["Pace", "give_way"]
 
 #: Seconds of rest for each second of work: p99 of commits then stays within about
@@ -59,7 +61,8 @@ class Pace:
     ) -> None:
         self._n_writes = n_writes
         self._backlog = backlog
-        self._hurried = threading.Event()
+        self._is_hurried = False
+        self._hurried = Gate()
         #: Whether commits come: then half of the threads do the work of all, give way
         #: amid it, and sync each block.
         self.is_gentle = False
@@ -75,7 +78,8 @@ class Pace:
 
     def hurry(self) -> None:
         """End the rest, and take no other: someone waits for the end."""
-        self._hurried.set()
+        self._is_hurried = True
+        self._hurried.open()
 
     def threads(self, threads: int) -> int:
         """Return how many of so many threads may work."""
@@ -109,5 +113,5 @@ class Pace:
     def _decide(self, now: float) -> float:
         """See whether to be gentle; return the share of a whole rest to take."""
         share = 1 - self._backlog() if now - self._seen_at < _RECENT_SECONDS else 0.0
-        self.is_gentle = share > 0 and not self._hurried.is_set()
+        self.is_gentle = share > 0 and not self._is_hurried
         return share

@@ -43,6 +43,7 @@ from metastore.format import (
     unpack_trailer,
 )
 from metastore.frames import corruption, decode, decode_into, encode_block, new_table
+from metastore.gate import Gate
 from metastore.pace import Pace, give_way
 from metastore.parallel import ordered_map, submit
 from metastore.read_ahead import ReadAhead
@@ -378,7 +379,9 @@ class _Places:
     def __init__(self) -> None:
         #: Records, and bytes of user data, of the blocks that were counted.
         self.end = (0, 0)
-        self._changed = threading.Condition()
+        # Both are of C: an interrupt of the caller, who works too, must not break them.
+        self._lock = threading.Lock()
+        self._gates: dict[int, Gate] = {}  # of blocks that wait
         self._n_counted = 0
         #: No block behind this one gets a place any more.
         self._last: float = math.inf
@@ -394,22 +397,29 @@ class _Places:
 
     def stop(self, last: int = -1) -> None:
         """Free those that wait for a place behind this block."""
-        with self._changed:
+        with self._lock:
             self._last = min(self._last, last)
-            self._changed.notify_all()
+            for block, gate in self._gates.items():
+                if block > last:
+                    gate.open()
 
     def take(self, block: int, n_records: int, size: int) -> tuple[int, int]:
         """Return where a block of this size begins, once that is known."""
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._n_counted == block or self._last < block
-            )
+        gate = Gate()
+        with self._lock:
+            self._gates[block] = gate
+            if self._n_counted == block or self._last < block:
+                gate.open()
+        gate.wait()
+        with self._lock:
+            del self._gates[block]
             if self._n_counted != block:
                 raise RuntimeError("a block before this one was not counted")
             at, data_at = self.end
             self.end = at + n_records, data_at + size
             self._n_counted += 1
-            self._changed.notify_all()
+            if self._n_counted in self._gates:
+                self._gates[self._n_counted].open()
             return at, data_at
 
 

@@ -34,6 +34,7 @@ LAYERS = (
     ("format",),
     ("_codec", "_commit", "_merge"),
     ("errors", "pace", "parallel", "progress"),
+    ("gate",),
 )
 HEIGHT = {
     module: len(LAYERS) - depth
