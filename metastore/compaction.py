@@ -399,13 +399,15 @@ class Compactor:
 
     def _work(self) -> None:
         _yield_to_commits()
-        while not self._is_stopping:
-            self._run(self._tasks.get())
-            if self._tasks.empty():
-                self._open_gates()
-        self._has_ended = True
-        self._end()
-        self._ended.open()
+        try:
+            while not self._is_stopping:
+                self._run(self._tasks.get())
+                if self._tasks.empty():
+                    self._open_gates()
+        finally:  # also if a failure cannot be told
+            self._has_ended = True
+            self._ended.open()
+            self._end()
 
     def _run(self, task: _Task) -> None:
         self._running.append(task)
@@ -414,8 +416,8 @@ class Compactor:
             if not (self._is_stopping and task.is_dropped):
                 task.run()
         except BaseException as error:
-            self._on_failure(error)
             self._is_stopping = True
+            self._on_failure(error)
         finally:
             self._running.pop()
         if self._is_stopping and self._thread is None and not self._running:

@@ -18,7 +18,7 @@ from types import FrameType
 
 import pytest
 
-from metastore import MetadataStore, StoreFailedError
+from metastore import MetadataStore, StoreClosedError, StoreFailedError
 from metastore.compaction import Compactor
 from metastore.pace import Pace
 from metastore.snapshot import _Places
@@ -32,9 +32,13 @@ class Interrupt(BaseException):
     pass
 
 
+def interrupt() -> None:
+    raise Interrupt
+
+
 @contextlib.contextmanager
-def interrupted(*modules: str, at: int) -> Iterator[list[str]]:
-    """Raise at the moment of that number in these modules, and in what they call.
+def handled(*modules: str, at: int, handler: Callable[[], None]) -> Iterator[list[str]]:
+    """Call `handler` at that moment in these modules, and in what they call.
 
     The list names it, once it was reached.
     """
@@ -56,7 +60,7 @@ def interrupted(*modules: str, at: int) -> Iterator[list[str]]:
         if is_there(frame) and next(moments) == at:
             sys.setprofile(None)
             where.append(f"{event} {frame.f_code.co_qualname}:{frame.f_lineno}")
-            raise Interrupt(where[0])
+            handler()
 
     sys.setprofile(profile)
     try:
@@ -74,19 +78,24 @@ def soon(step: Callable[[], object]) -> None:
     assert not thread.is_alive()
 
 
-def at_each_moment(*modules: str) -> Iterator[contextlib.AbstractContextManager]:
+def at_each_moment(
+    *modules: str,
+    handler: Callable[[], None] = interrupt,
+    start: int = 0,
+    step: int = 1,
+) -> Iterator[contextlib.AbstractContextManager]:
     """Return one context after another, until one was not interrupted any more."""
     is_over = False
 
     @contextlib.contextmanager
     def next_one(at: int) -> Iterator[None]:
         nonlocal is_over
-        with interrupted(*modules, at=at) as where:
+        with handled(*modules, at=at, handler=handler) as where:
             yield
         is_over = not where
         print(at, *where)
 
-    for at in itertools.count():
+    for at in itertools.count(start, step):
         if is_over:
             assert at > 5
             return
@@ -153,12 +162,10 @@ def test_of_blocks_that_wait_for_each_other():
         assert sorted(others) == [(n, 8 * n) for n in (1, 2, 4)][: len(others)]
 
 
-@pytest.mark.parametrize("modules", [("engine",), ("compaction", "pace", "log")])
-def test_of_a_store(tmp_path, modules):
+def interrupt_a_store(path: Path, modules: tuple[str, ...], **steps: int) -> int:
     """It can be shut down, by whichever thread, and has what was acknowledged."""
-    for number, moment in enumerate(at_each_moment(*modules)):
-        path = tmp_path / str(number)
-        store, _ = MetadataStore.recover(path, log_size_bytes_min=200)
+    for number, moment in enumerate(at_each_moment(*modules, **steps)):
+        store, _ = MetadataStore.recover(path / str(number), log_size_bytes_min=200)
         acknowledged = set()
         with moment:
             for key in range(1, 5):
@@ -173,4 +180,51 @@ def test_of_a_store(tmp_path, modules):
                 store.shutdown()
 
         soon(shut_down)
-        assert set(read(path)) >= acknowledged
+        assert set(read(path / str(number))) >= acknowledged
+    return number
+
+
+def shut_a_store_down(path: Path, **steps: int) -> int:
+    """A handler does, or is told that this thread is amid a commit; it never waits."""
+    stores = []
+
+    def shut_down():
+        with contextlib.suppress(RuntimeError):
+            stores[-1].shutdown()
+
+    moments = at_each_moment("engine", handler=shut_down, **steps)
+    for number, moment in enumerate(moments):
+        store, _ = MetadataStore.recover(path / str(number), log_size_bytes_min=200)
+        stores.append(store)
+        acknowledged = set()
+        with moment, contextlib.suppress(StoreClosedError):
+            for key in range(1, 4):
+                store.insert_batch([(key, (key, bytes(60)))])
+                acknowledged.add(key)
+            store.stats()
+            store.compact()
+            store.sync()
+        soon(store.shutdown)
+        assert set(read(path / str(number))) >= acknowledged
+    return number
+
+
+#: A few moments of each in every run, all of them in the campaign.
+_STEP = 5
+
+
+@pytest.mark.parametrize("modules", [("engine",), ("compaction", "pace", "log")])
+def test_of_a_store(tmp_path, rng, modules):
+    interrupt_a_store(tmp_path, modules, start=rng.randrange(_STEP), step=_STEP)
+
+
+def test_a_handler_that_shuts_down(tmp_path, rng):
+    shut_a_store_down(tmp_path, start=rng.randrange(_STEP), step=_STEP)
+
+
+@pytest.mark.slow
+def test_of_a_store_at_every_moment(tmp_path, campaign):
+    with campaign("interrupts") as counts:
+        for name in ("engine", "compaction", "pace", "log", "directory", "gate"):
+            counts["moments"] += interrupt_a_store(tmp_path / name, (name,))
+        counts["moments"] += shut_a_store_down(tmp_path / "handler")
