@@ -56,6 +56,7 @@ def encode_payload(
     n: int,
     user_data_size: int,
     payload: Sequence[_Buffer],
+    room: bytearray | None = None,
 ) -> bytearray: ...
 def scan_frames(
     data: _Bytes,

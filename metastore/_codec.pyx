@@ -25,6 +25,10 @@ from libc.string cimport memcmp, memcpy, memset
 
 import numpy as np
 
+cdef extern from "Python.h":
+    ctypedef struct PyByteArrayObject:
+        Py_ssize_t ob_alloc
+
 cdef extern from "_kernels.h" nogil:
     void ms_init()
     uint32_t ms_crc32c(uint32_t crc, const uint8_t* data, size_t size)
@@ -330,10 +334,25 @@ cdef uint32_t _copy(
     return crc
 
 
-def encode_payload(int kind, int layout, uint32_t n, uint64_t user_data_size, payload):
+cdef bytearray _frame_in(bytearray room, Py_ssize_t size):
+    """Return a frame of `size` bytes, in the memory of `room` if that fits."""
+    cdef Py_ssize_t capacity = 0
+    if room is not None:
+        capacity = (<PyByteArrayObject*>room).ob_alloc
+    if not capacity // 2 <= size < capacity:
+        return PyByteArray_FromStringAndSize(NULL, size)
+    PyByteArray_Resize(room, size)
+    return room
+
+
+def encode_payload(
+    int kind, int layout, uint32_t n, uint64_t user_data_size, payload,
+    bytearray room=None
+):
     """Start a frame around the joined bytes of `payload`, a sequence of buffers.
 
-    Each byte of them is read once: what is summed is what was copied.
+    Each byte of them is read once: what is summed is what was copied. With `room` the
+    frame may take the memory of that one, which is lost.
     """
     cdef list parts = list(payload)
     cdef Py_buffer views[PARTS_MAX]
@@ -351,7 +370,7 @@ def encode_payload(int kind, int layout, uint32_t n, uint64_t user_data_size, pa
             PyObject_GetBuffer(part, &views[n_views], PyBUF_SIMPLE)
             n_views += 1
             payload_size += views[n_views - 1].len
-        frame = PyByteArray_FromStringAndSize(NULL, _padded(HEADER + payload_size))
+        frame = _frame_in(room, _padded(HEADER + payload_size))
         start = _at(frame)
         with nogil:  # touching new memory alone may take milliseconds
             at = start + HEADER

@@ -51,6 +51,8 @@ _UNBOUNDED = 1 << 62
 _N_LOGS_MAX = 256
 #: A log this long, or as long as what a compaction has in hand, ends its rests.
 _BACKLOG_SIZE_MIN = 64 << 20
+#: The memory of a frame of at most this size is kept for the next.
+_SPARE_SIZE_MAX = 32 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,7 @@ class Engine:
         self._failure: BaseException | None = None
         self._is_failure_told = False
         self._is_closed = False
+        self._spares: list[bytearray] = []  # at most one
         #: Whether files, thread and lock were given up.
         self.is_released = False
         self.is_forked = False
@@ -257,6 +260,22 @@ class Engine:
         """Write a started frame, durable on return if `sync`; return its sequence."""
         self.check()
         return self._commits.commit(frame, sync)
+
+    def take_spare(self) -> bytearray | None:
+        """Return a frame that is no longer needed, for its memory, if there is one.
+
+        The C library gives large pieces of memory back to the system, and to touch them
+        anew takes longer than to fill them.
+        """
+        try:
+            return self._spares.pop()
+        except IndexError:
+            return None
+
+    def keep_spare(self, frame: bytearray) -> None:
+        """Keep a frame that was committed for :meth:`take_spare`, if it is not huge."""
+        if len(frame) <= _SPARE_SIZE_MAX:
+            self._spares[:] = [frame]
 
     def _refusal(self) -> MetastoreError:
         """Return what :meth:`check` raises, of this thread's own."""
@@ -482,6 +501,7 @@ class Engine:
             if self._prepared is not None:
                 stack.callback(self._prepared[1].close)
                 self._prepared = None
+        self._spares.clear()
         self.is_released = True
         _engines.discard(self)
 

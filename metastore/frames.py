@@ -156,16 +156,18 @@ def encode_batch(batch: Any, level: int) -> bytearray:
     return packed or frame
 
 
-def encode_arrays(payload: Payload, level: int) -> bytearray:
-    """Start a batch frame from arrays.
+def encode_arrays(
+    payload: Payload, level: int, room: bytearray | None = None
+) -> bytearray:
+    """Start a batch frame from arrays, in the memory of the frame `room` if that fits.
 
     Another thread may change keys and user data meanwhile, of which every content is a
     payload; the other two must be the caller's own.
     """
     packed = None
     if payload.size >= _BATCH_SIZE_MIN:
-        packed = _pack(_codec.KIND_BATCH, payload, level, _BATCH_SAVING)
-    return packed or _plain_frame(_codec.KIND_BATCH, payload)
+        packed = _pack(_codec.KIND_BATCH, payload, level, _BATCH_SAVING, room)
+    return packed or _plain_frame(_codec.KIND_BATCH, payload, room)
 
 
 def encode_block(columns: Columns, level: int) -> bytearray:
@@ -180,9 +182,11 @@ def encode_block(columns: Columns, level: int) -> bytearray:
     return packed or _plain_frame(_codec.KIND_BLOCK, payload)
 
 
-def _plain_frame(kind: int, payload: Payload) -> bytearray:
+def _plain_frame(
+    kind: int, payload: Payload, room: bytearray | None = None
+) -> bytearray:
     n, size = len(payload.keys), len(payload.user_data)
-    return _codec.encode_payload(kind, _codec.LAYOUT_PLAIN, n, size, payload)
+    return _codec.encode_payload(kind, _codec.LAYOUT_PLAIN, n, size, payload, room)
 
 
 def _plain_payload(frame: bytearray) -> Payload:
@@ -218,7 +222,13 @@ def _raw(data: Uint8s) -> _Section:
     return _Section(_codec.ENCODING_RAW, 0, data)
 
 
-def _pack(kind: int, payload: Payload, level: int, saving: float) -> bytearray | None:
+def _pack(
+    kind: int,
+    payload: Payload,
+    level: int,
+    saving: float,
+    room: bytearray | None = None,
+) -> bytearray | None:
     """Return a packed frame, or None if it would not be small enough or allowed."""
     n, user_data_size = len(payload.keys), len(payload.user_data)
     plain_size = payload.size
@@ -245,7 +255,9 @@ def _pack(kind: int, payload: Payload, level: int, saving: float) -> bytearray |
         return None
     stored = [table, *(section.stored for section in sections)]
     give_way()
-    return _codec.encode_payload(kind, _codec.LAYOUT_PACKED, n, user_data_size, stored)
+    return _codec.encode_payload(
+        kind, _codec.LAYOUT_PACKED, n, user_data_size, stored, room
+    )
 
 
 def _pack_section(data: Uint8s, compressor: zstandard.ZstdCompressor) -> _Section:

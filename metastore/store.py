@@ -198,8 +198,11 @@ class MetadataStore:
         """
         self._engine.check()
         payload = payload_of_arrays(keys, values, offsets, user_data)
-        frame = encode_arrays(payload, self._engine.compression_level)
-        return self._engine.commit(frame, sync)
+        engine = self._engine
+        frame = encode_arrays(payload, engine.compression_level, engine.take_spare())
+        sequence = engine.commit(frame, sync)
+        engine.keep_spare(frame)
+        return sequence
 
     def sync(self) -> None:
         """Make every batch whose call has returned durable, or raise."""

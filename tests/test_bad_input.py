@@ -396,9 +396,9 @@ def test_arrays_that_change_behind_their_check(db, recover, monkeypatch, shape):
     arrays = many_records(shape)
     _, values, offsets, user_data = [array.copy() for array in arrays]
 
-    def scribble_and_encode(payload, level):
+    def scribble_and_encode(*arguments):
         scribble(*arrays)
-        return encode_arrays(payload, level)
+        return encode_arrays(*arguments)
 
     monkeypatch.setattr(metastore.store, "encode_arrays", scribble_and_encode)
     store, _ = recover()

@@ -1142,6 +1142,31 @@ def test_planes_of_other_sizes_are_refused() -> None:
             _codec.entropy_of_planes(np.zeros(65 * 3, np.uint8), width)
 
 
+def test_a_frame_in_the_memory_of_another() -> None:
+    def frame(size: int, room: bytearray | None = None) -> bytearray:
+        parts = [b"x" * size]
+        return _codec.encode_payload(1, _codec.LAYOUT_PLAIN, 7, size, parts, room)
+
+    for size, other, fits in (
+        (1000, 1000, True),
+        (1000, 900, True),
+        (1000, 501, True),
+        (1000, 400, False),
+        (1000, 1100, False),
+        (0, 0, True),
+    ):
+        room = bytearray(b"!" * (48 + (size + 7) // 8 * 8))
+        made = frame(other, room)
+        assert (made is room) == fits
+        assert made == frame(other)
+        assert len(made) == 48 + (other + 7) // 8 * 8
+    room = bytearray(b"!" * 1048)
+    frame(600, room)
+    assert frame(1000, room) is room  # it has not lost what it does not need
+    with memoryview(room), pytest.raises(BufferError):
+        frame(900, room)
+
+
 def test_a_payload_of_many_parts() -> None:
     """Parts are joined without the GIL, in an array of a fixed size."""
     parts = [bytes([number]) * (number % 3) for number in range(85)]

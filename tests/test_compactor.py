@@ -178,13 +178,16 @@ def test_a_brief_task_is_waited_for(compactor):
 
 def test_a_task_may_stop_its_own_thread(compactor, failures):
     done = []
+    has_begun = threading.Event()
 
     def task():
+        has_begun.set()  # else it might be dropped
         compactor.stop()
         compactor.stop_then(lambda: done.append("last"))
         done.append("task")
 
     compactor.submit(task)
+    assert has_begun.wait(_SECONDS_MAX)
     at_once(compactor.stop)
     assert (done, failures) == (["task", "last"], [])
 

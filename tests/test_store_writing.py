@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
+import metastore.engine
 from disk import Disk, Operation
 from metastore import MetadataStore
 from verbs import (
@@ -240,6 +243,33 @@ def test_arrays_of_random_keys_come_back_identical(db, recover, rng):
         assert np.array_equal(
             recovered.user_data.reshape(-1, 8), user_data.reshape(-1, 8)[order]
         )
+
+
+def test_batches_that_share_their_memory_are_each_their_own(db, recover, monkeypatch):
+    """A frame takes the memory of one that is durable, and of no other."""
+    monkeypatch.setattr(metastore.engine, "_SPARE_SIZE_MAX", 30_000)
+    store, _ = recover()
+    expected = {}
+
+    def insert(start):
+        for n in (700, 650, 3, 700, 2000, 690, 1):  # 2,000 are not kept
+            keys = np.arange(start, start + n, dtype=np.uint64)
+            store.insert_arrays(keys, keys * np.uint64(3) + np.uint64(n))
+            expected.update((key, (3 * key + n, b"")) for key in keys.tolist())
+
+    threads = [
+        threading.Thread(target=insert, args=(10_000 * start,)) for start in range(1, 5)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    kept = store._engine.take_spare()
+    assert kept is not None
+    assert len(kept) <= 30_000
+    assert store._engine.take_spare() is None
+    store.shutdown()
+    assert content(recover()[1]) == expected
 
 
 def test_a_batch_of_more_than_64_mib(db, recover):
