@@ -342,14 +342,15 @@ class Compactor:
         self._tasks: queue.SimpleQueue[_Task] = queue.SimpleQueue()
         self._running: list[_Task] = []  # inline a task may submit one
         self._is_stopping = False
-        self._has_ended = inline
         self._ended = Gate()
         #: Who waits until there is no task, and what is to be done when none runs any
         #: more: by who takes it out.
         self._gates: queue.SimpleQueue[Gate] = queue.SimpleQueue()
         self._lasts: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        if not inline:
+        if inline:
+            self._ended.open()
+        else:
             # A daemon, since interpreter exit must not wait for a forgotten store.
             self._thread = threading.Thread(
                 target=self._work, name="metastore-compactor", daemon=True
@@ -367,7 +368,7 @@ class Compactor:
         """Return when no task runs and none waits."""
         gate = Gate()
         self._tasks.put(_Task(lambda: self._gates.put(gate), True, is_dropped=False))
-        if self._has_ended:  # maybe before it saw that
+        if self._ended.is_open:  # maybe before it saw that
             self._end()
         gate.wait()
 
@@ -405,7 +406,6 @@ class Compactor:
                 if self._tasks.empty():
                     self._open_gates()
         finally:  # also if a failure cannot be told
-            self._has_ended = True
             self._ended.open()
             self._end()
 

@@ -16,11 +16,13 @@ class Gate:
     """
 
     def __init__(self) -> None:
+        self.is_open = False
         self._lock = threading.Lock()
         self._lock.acquire()
 
     def open(self) -> None:
         """Let all go who wait or will; idempotent."""
+        self.is_open = True
         try:
             self._lock.release()
         except RuntimeError:  # it was open

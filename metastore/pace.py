@@ -61,7 +61,6 @@ class Pace:
     ) -> None:
         self._n_writes = n_writes
         self._backlog = backlog
-        self._is_hurried = False
         self._hurried = Gate()
         #: Whether commits come: then half of the threads do the work of all, give way
         #: amid it, and sync each block.
@@ -78,7 +77,6 @@ class Pace:
 
     def hurry(self) -> None:
         """End the rest, and take no other: someone waits for the end."""
-        self._is_hurried = True
         self._hurried.open()
 
     def threads(self, threads: int) -> int:
@@ -113,5 +111,5 @@ class Pace:
     def _decide(self, now: float) -> float:
         """See whether to be gentle; return the share of a whole rest to take."""
         share = 1 - self._backlog() if now - self._seen_at < _RECENT_SECONDS else 0.0
-        self.is_gentle = share > 0 and not self._is_hurried
+        self.is_gentle = share > 0 and not self._hurried.is_open
         return share
