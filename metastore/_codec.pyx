@@ -385,16 +385,6 @@ def encode_payload(
     return frame
 
 
-cdef int _check_columns(
-    Py_ssize_t n, Py_ssize_t n_values, Py_ssize_t n_offsets
-) except -1:
-    if n_values != n or n_offsets != n + 1:
-        raise ValueError(
-            f"columns do not match: {n} keys, {n_values} values, {n_offsets} offsets"
-        )
-    return 0
-
-
 # ---- scanning frames (section 4) ----
 
 cdef struct Row:
@@ -1017,7 +1007,8 @@ def first_disorder(
     cdef Py_ssize_t n = keys.shape[0]
     cdef Py_ssize_t i
     cdef bint bad = False
-    _check_columns(n, values.shape[0], n + 1)
+    if values.shape[0] != n:
+        raise ValueError(f"columns do not match: {n} keys, {values.shape[0]} values")
     if n == 0:
         return -1
     with nogil:

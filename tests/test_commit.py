@@ -19,6 +19,7 @@ import pytest
 from metastore import MetadataStore
 from metastore._commit import GroupCommit, Tail
 from metastore.frames import encode_batch
+from verbs import together
 
 TIMEOUT_SECONDS = 60
 PWRITEV, FDATASYNC = 1, 2
@@ -66,16 +67,6 @@ def frame(n: int = 1) -> bytearray:
     return encode_batch([(n, (n, b""))], 1)
 
 
-def run(*works: Any) -> None:
-    """Run each in a thread of its own, until all have ended."""
-    threads = [threading.Thread(target=work, daemon=True) for work in works]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(TIMEOUT_SECONDS)
-        assert not thread.is_alive()
-
-
 def test_a_batch_is_written_then_synced() -> None:
     file = File()
     commits = group_commit(file)
@@ -105,7 +96,7 @@ def test_who_waits_shares_a_write_and_a_sync() -> None:
     def commit() -> None:
         found.append(commits.commit(frame(), True))
 
-    run(*[commit] * (n_threads + 1))
+    together(*[commit] * (n_threads + 1))
     assert sorted(found) == list(range(1, n_threads + 2))
     assert file.calls == ["write", "sync"] * 2
 

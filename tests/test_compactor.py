@@ -8,19 +8,10 @@ import threading
 import pytest
 
 from metastore.compaction import Compactor
+from verbs import together
 
 #: Only a test that fails waits so long.
 _SECONDS_MAX = 30
-
-
-def at_once(*steps):
-    """Run each in a thread of its own; all come to an end."""
-    threads = [threading.Thread(target=step, daemon=True) for step in steps]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(_SECONDS_MAX)
-        assert not thread.is_alive()
 
 
 @pytest.fixture
@@ -32,7 +23,7 @@ def failures():
 def compactor(failures):
     compactor = Compactor(failures.append)
     yield compactor
-    at_once(compactor.stop)
+    together(compactor.stop)
 
 
 class Task:
@@ -67,10 +58,10 @@ def test_tasks_run_in_order_and_so_do_theirs(failures, inline):
     compactor.submit(functools.partial(ask, 20))
     compactor.wait_idle()
     assert done == [*range(20, -1, -1)]
-    at_once(*[compactor.wait_idle] * 8)
+    together(*[compactor.wait_idle] * 8)
     compactor.stop()
     compactor.stop()
-    at_once(compactor.wait_idle)
+    together(compactor.wait_idle)
     assert failures == []
 
 
@@ -117,7 +108,7 @@ def test_no_task_follows_one_that_failed(compactor, failures):
     compactor.submit(fail)
     compactor.submit(lambda: done.append("dropped"))
     task.may_end.set()
-    at_once(compactor.wait_idle)
+    together(compactor.wait_idle)
     assert (failures, done) == ([error], [])
 
 
@@ -129,9 +120,9 @@ def test_nobody_waits_for_a_thread_that_could_not_tell_its_failure(monkeypatch):
     monkeypatch.setattr(threading, "excepthook", raised.append)
     compactor, done = Compactor(refuse), []
     compactor.submit(lambda: 1 // 0)
-    at_once(compactor.wait_idle)
-    at_once(functools.partial(compactor.stop_then, lambda: done.append("last")))
-    at_once(compactor.stop)
+    together(compactor.wait_idle)
+    together(functools.partial(compactor.stop_then, lambda: done.append("last")))
+    together(compactor.stop)
     assert done == ["last"]
     assert [str(args.exc_value) for args in raised] == ["not told"]
 
@@ -158,7 +149,7 @@ def test_a_long_task_is_not_waited_for_and_the_last_follows_it(compactor):
     compactor.stop_then(lambda: done.append(threading.current_thread()))
     assert done == []
     task.may_end.set()
-    at_once(compactor.stop)
+    together(compactor.stop)
     assert done == [compactor._thread]
 
 
@@ -188,7 +179,7 @@ def test_a_task_may_stop_its_own_thread(compactor, failures):
 
     compactor.submit(task)
     assert has_begun.wait(_SECONDS_MAX)
-    at_once(compactor.stop)
+    together(compactor.stop)
     assert (done, failures) == (["task", "last"], [])
 
 
@@ -196,7 +187,7 @@ def test_the_last_of_many_is_done_once_whoever_ends(failures):
     for _ in range(200):
         compactor, done = Compactor(failures.append), []
         compactor.submit(lambda: None)
-        at_once(
+        together(
             *(
                 functools.partial(
                     compactor.stop_then, functools.partial(done.append, n)

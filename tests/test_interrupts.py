@@ -22,7 +22,7 @@ from metastore import MetadataStore, StoreClosedError, StoreFailedError
 from metastore.compaction import Compactor
 from metastore.pace import Pace
 from metastore.snapshot import _Places
-from verbs import read
+from verbs import read, together
 
 #: Only a test that fails waits so long.
 _SECONDS_MAX = 20
@@ -70,14 +70,6 @@ def handled(*modules: str, at: int, handler: Callable[[], None]) -> Iterator[lis
         sys.setprofile(None)
 
 
-def soon(step: Callable[[], object]) -> None:
-    """Have another thread do it, which must come to an end."""
-    thread = threading.Thread(target=step, daemon=True)
-    thread.start()
-    thread.join(_SECONDS_MAX)
-    assert not thread.is_alive()
-
-
 def at_each_moment(
     *modules: str,
     handler: Callable[[], None] = interrupt,
@@ -118,9 +110,9 @@ def test_of_the_thread_that_compacts():
             compactor.submit(functools.partial(done.append, "brief"), is_brief=True)
             compactor.stop_then(functools.partial(done.append, "last"))
         if not compactor._is_stopping:
-            soon(compactor.wait_idle)
-        soon(functools.partial(compactor.stop_then, lambda: None))
-        soon(compactor.stop)
+            together(compactor.wait_idle)
+        together(functools.partial(compactor.stop_then, lambda: None))
+        together(compactor.stop)
         assert not compactor._thread.is_alive()
         assert failures == []
         assert done.count("last") <= 1
@@ -134,8 +126,8 @@ def test_of_a_rest():
             pace.hurry()
             pace.rest()
         pace.begin(commits_come=True)
-        soon(pace.hurry)
-        soon(pace.rest)
+        together(pace.hurry)
+        together(pace.rest)
         assert not pace.is_gentle
 
 
@@ -179,7 +171,7 @@ def interrupt_a_store(path: Path, modules: tuple[str, ...], **steps: int) -> int
             with contextlib.suppress(StoreFailedError):
                 store.shutdown()
 
-        soon(shut_down)
+        together(shut_down)
         assert set(read(path / str(number))) >= acknowledged
     return number
 
@@ -204,7 +196,7 @@ def shut_a_store_down(path: Path, **steps: int) -> int:
             store.stats()
             store.compact()
             store.sync()
-        soon(store.shutdown)
+        together(store.shutdown)
         assert set(read(path / str(number))) >= acknowledged
     return number
 

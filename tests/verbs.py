@@ -12,7 +12,8 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -302,3 +303,16 @@ def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     process = child(code, *arguments)
     output, errors = process.communicate(timeout=60)
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+# Threads
+
+
+def together(*steps: Callable[[], object]) -> None:
+    """Run each step in a thread of its own, until all have ended, as they must."""
+    threads = [threading.Thread(target=step, daemon=True) for step in steps]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)  # only a test that fails waits so long
+        assert not thread.is_alive()
