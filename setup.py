@@ -64,7 +64,7 @@ extensions = [
     Extension(
         f"metastore.{name}",
         [f"metastore/{name}.pyx"],
-        depends=["metastore/_kernels.h"],
+        depends=["metastore/_kernels.h", "metastore/_turnstile.h"],
         include_dirs=["metastore"],
         define_macros=macros,
         extra_compile_args=compile_args,

@@ -26,6 +26,11 @@ cdef extern from "_kernels.h" nogil:
         uint8_t* frame, uint32_t seed, uint64_t sequence, uint64_t durable
     )
 
+cdef extern from "_turnstile.h" nogil:
+    void ms_turn_await()
+    void ms_turn_begin()
+    void ms_turn_end()
+
 cdef extern from * nogil:
     """
     #ifndef _GNU_SOURCE
@@ -414,9 +419,12 @@ cdef class GroupCommit:
         cdef int left = 0
         try:
             with nogil:
+                ms_turn_end()
                 self._join(request)
                 if request.state == LEADING:
                     left = self._lead(&group)
+                ms_turn_await()
+            ms_turn_begin()
             if left:
                 self._end_lead(left, group)
             if request.state == FAILED:

@@ -138,6 +138,24 @@ def test_who_keeps_the_gil_delays_no_write(tmp_path: Path) -> None:
     assert not file.calls
 
 
+def test_a_turn_that_is_kept_is_taken_away() -> None:
+    """Threads whose commits are done ask for the GIL in turns (``_turnstile.h``).
+
+    A turn ends with the next commit of the same thread, but that need never come: here
+    each thread waits for all the others to have the GIL again.
+    """
+    commits = group_commit(File())
+    n_threads = 20
+    are_back = threading.Barrier(n_threads)
+
+    def commit() -> None:
+        commits.commit(frame(), True)
+        are_back.wait(TIMEOUT_SECONDS)
+
+    together(*[commit] * n_threads)
+    assert commits.durable == n_threads
+
+
 def test_more_wait_than_one_call_may_write() -> None:
     """Linux takes 1,024 buffers in a call: the rest is the next leader's."""
     file = File()
