@@ -355,8 +355,10 @@ class SnapshotReader:
         Of those before `first`, which agreed with their headers, only the headers.
         """
         pace = pace or Pace()
-        for block in range(first):
-            self.check_header(block)
+        with scattered_reads(self.view):
+            for block in range(first):
+                self.check_header(block)
+                self._release(block)
 
         def check(first: int) -> None:
             for block in range(first, min(first + _CHECK_BLOCKS, self.n_blocks)):
@@ -573,14 +575,14 @@ class SnapshotWriter:
         """Return what was read back, and the next blocks with it if they agree."""
         view, n_next = part
         n_blocks, start = self._read_back
-        table = new_table(n_next)
-        n, end, _ = _codec.scan_frames(view, start, self._seed, 0, table, True)
-        for row in table[:n]:
-            if not _codec.check_payload(view, row):
-                return n_blocks, start  # the last look meets it again, and raises
-            offset = int(row[_codec.ROW_OFFSET])
-            release_pages(view, offset, offset + int(row[_codec.ROW_PAYLOAD_SIZE]))
-        return n_blocks + n, end
+        table = new_table(1)  # no header is touched long before what follows it
+        for block in range(n_blocks, n_blocks + n_next):
+            n, end, _ = _codec.scan_frames(view, start, self._seed, 0, table, True)
+            if n == 0 or not _codec.check_payload(view, table[0]):
+                return block, start  # the last look meets it again, and raises
+            release_pages(view, start, end)
+            start = end
+        return n_blocks + n_next, start
 
     def n_read_back(self) -> int:
         """Return how many of the first blocks were read back while others followed.
