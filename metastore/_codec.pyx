@@ -599,7 +599,7 @@ def find_durable(
 cdef struct Target:
     uint8_t* keys
     uint8_t* values
-    uint64_t* ends
+    uint64_t* ends          # NULL: not wanted, since no record has user data
     uint8_t* user_data
     uint64_t base           # offset of the frame's first user data byte
 
@@ -614,7 +614,8 @@ cdef int _ends_of(
     for i in range(n):
         length = ms_load_u32(lengths + 4 * i)
         end += length
-        to.ends[i] = end
+        if to.ends != NULL:
+            to.ends[i] = end
         if length:
             tombstone_bytes |= ms_load_u64(to.values + 8 * i) == 0
     if end - to.base != user_data_size:
@@ -790,6 +791,8 @@ cdef int _lengths_of(
         length *= 0x01010101
     if length * <uint64_t>n != row.user_data_size:
         return BAD_LENGTHS
+    if to.ends == NULL:
+        return OK
     for i in range(n):
         end += length
         to.ends[i] = end
@@ -885,7 +888,8 @@ def decode_frames(
     table : ndarray of uint64, shape (frames, 6)
         The rows that :func:`scan_frames` filled for `data`.
     keys, values, ends : ndarray of uint64, shape (records of all rows,)
-        Filled; `ends` with the offset behind each record's user data.
+        Filled; `ends` with the offset behind each record's user data. If no row has
+        any, `ends` may be empty.
     user_data : ndarray of uint8, shape (user data size of all rows,)
         Filled.
     base : int
@@ -920,14 +924,15 @@ def decode_frames(
         n_records += row.n_records
         user_data_size += row.user_data_size
     if not (
-        keys.shape[0] == values.shape[0] == ends.shape[0] == n_records
+        keys.shape[0] == values.shape[0] == n_records
         and user_data.shape[0] == user_data_size
+        and (ends.shape[0] == n_records or ends.shape[0] == user_data_size == 0)
     ):
         raise ValueError("the arrays have not the size that the table asks for")
     to.base = base
     to.keys = <uint8_t*>&keys[0] if n_records else NULL
     to.values = <uint8_t*>&values[0] if n_records else NULL
-    to.ends = &ends[0] if n_records else NULL
+    to.ends = &ends[0] if ends.shape[0] else NULL
     to.user_data = &user_data[0] if user_data_size else NULL
     i = 0
     while i < n_rows and status == OK:
@@ -978,7 +983,8 @@ cdef inline int _check_payload(const uint8_t* frame, Row* row) noexcept nogil:
 cdef inline void _advance(const Row* row, Target* to) noexcept nogil:
     to.keys += 8 * row.n_records
     to.values += 8 * row.n_records
-    to.ends += row.n_records
+    if to.ends != NULL:
+        to.ends += row.n_records
     to.user_data += row.user_data_size
     to.base += row.user_data_size
 

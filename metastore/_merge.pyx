@@ -387,14 +387,14 @@ def merge_size(
 cdef struct Out:
     uint64_t* keys
     uint64_t* values
-    uint64_t* ends
+    uint64_t* ends          # NULL: not wanted, since no record has user data
     uint8_t* user_data
     uint64_t base
     Py_ssize_t n_left       # room for so many records,
     uint64_t size_left      # and so many bytes of user data
 
 
-cdef bint _copy_range(
+cdef inline bint _copy_range(
     const uint64_t* keys, const uint64_t* values, const uint64_t* offsets,
     const uint8_t* user_data, Py_ssize_t n, Out* out
 ) noexcept nogil:
@@ -409,13 +409,14 @@ cdef bint _copy_range(
         return False
     memcpy(out.keys, keys, 8 * n)
     memcpy(out.values, values, 8 * n)
-    for i in range(n):
-        out.ends[i] = offsets[i + 1] + shift
+    if out.ends != NULL:
+        for i in range(n):
+            out.ends[i] = offsets[i + 1] + shift
+        out.ends += n
     if size:
         memcpy(out.user_data, user_data + offsets[0], size)
     out.keys += n
     out.values += n
-    out.ends += n
     out.user_data += size
     out.base += size
     out.n_left -= n
@@ -434,7 +435,7 @@ def merge_into(
         Both sorted by strictly increasing key; a value of 0 in `new` deletes.
     out : tuple of (keys, values, ends, user_data)
         Writable, of the sizes from :func:`merge_size` to the record and the byte;
-        `ends` has no leading 0.
+        `ends` has no leading 0, and may be empty if there is no user data.
     base : int
         Added to all of `ends`: the offset of the first user data byte.
     """
@@ -456,7 +457,8 @@ def merge_into(
         or values.shape[0] != keys.shape[0]
         or offsets.shape[0] != keys.shape[0] + 1
         or out_values.shape[0] != out_keys.shape[0]
-        or out_ends.shape[0] != out_keys.shape[0]
+        or (out_ends.shape[0] != out_keys.shape[0]
+            and (out_ends.shape[0] or out_data.shape[0]))
         or <uint64_t>old_data.shape[0] < old_offsets[old_keys.shape[0]]
         or <uint64_t>data.shape[0] < offsets[keys.shape[0]]
     ):
@@ -470,7 +472,7 @@ def merge_into(
     cdef const uint8_t* new_bytes = &data[0] if data.shape[0] else NULL
     to.keys = &out_keys[0] if out_keys.shape[0] else NULL
     to.values = &out_values[0] if out_keys.shape[0] else NULL
-    to.ends = &out_ends[0] if out_keys.shape[0] else NULL
+    to.ends = &out_ends[0] if out_ends.shape[0] else NULL
     to.user_data = &out_data[0] if out_data.shape[0] else NULL
     to.base = base
     to.n_left = out_keys.shape[0]

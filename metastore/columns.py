@@ -61,11 +61,16 @@ class Columns:
 
     @classmethod
     def allocate(cls, n_records: int, user_data_size: int) -> Columns:
-        """Return columns of these sizes to be filled; the first offset is 0."""
+        """Return columns of these sizes to be filled; the first offset is 0.
+
+        Without user data all offsets are: as the system gives them, so that nobody
+        touches their memory before they are read.
+        """
+        new_offsets = np.empty if user_data_size else np.zeros
         columns = cls(
             np.empty(n_records, dtype=np.uint64),
             np.empty(n_records, dtype=np.uint64),
-            np.empty(n_records + 1, dtype=np.uint64),
+            new_offsets(n_records + 1, dtype=np.uint64),
             np.empty(user_data_size, dtype=np.uint8),
         )
         columns.offsets[0] = 0
@@ -100,11 +105,16 @@ class Columns:
     def target(
         self, start: int, stop: int, data_start: int, data_stop: int
     ) -> tuple[Uint64s, Uint64s, Uint64s, Uint8s]:
-        """Return the views that a kernel fills: keys, values, ends, user data."""
+        """Return the views that a kernel fills: keys, values, ends, user data.
+
+        For columns of :meth:`allocate`: where there is no user data there are no ends
+        to fill.
+        """
+        ends = self.offsets[start + 1 : stop + 1]
         return (
             self.keys[start:stop],
             self.values[start:stop],
-            self.offsets[start + 1 : stop + 1],
+            ends if len(self.user_data) else ends[:0],
             self.user_data[data_start:data_stop],
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -231,7 +232,7 @@ class _Extents:
         # much more than a log of plain frames could need.
         limit = _EXTENT_SIZE_PER_BYTE * self._left
         n_records = max(n, min(int(n * share) + 1, limit // _RECORD_SIZE))
-        user_data_size = max(size, min(int(size * share) + 1, limit))
+        user_data_size = max(size, min(math.ceil(size * share), limit))
         self._extents.append(Columns.allocate(n_records, user_data_size))
         self._taken.append((0, 0))
 

@@ -8,7 +8,7 @@ import itertools
 import random
 import shutil
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -1272,6 +1272,82 @@ def test_merge_of_parts(
     _merge.merge_into(old.arrays(), new.arrays(), merged.target(0, n, 0, size), base)
     merged.offsets[1:] -= np.uint64(base)
     assert to_records(merged) == expected
+
+
+@pytest.mark.parametrize("pack", [oracle.pack_plain, oracle.pack_packed])
+def test_ends_are_not_wanted_where_no_record_has_user_data(
+    pack: Callable[[Records], oracle.Payload],
+) -> None:
+    records = [(key, key + 1, b"") for key in range(100)]
+    data = memoryview(batch_frame(pack(records)))
+    table = frames.new_table(1)
+    assert _codec.scan_frames(data, 0, LOG.seed, SEQUENCE, table)[0] == 1
+    keys, values = np.empty(100, np.uint64), np.empty(100, np.uint64)
+    no_ends, no_data = np.empty(0, np.uint64), np.empty(0, np.uint8)
+
+    def decode(columns: list[Any], base: int = 0) -> tuple[int, int]:
+        return _codec.decode_frames(data, table, *columns, base, frames.decompress)
+
+    assert decode([keys, values, no_ends, no_data]) == (1, 0)
+    assert keys.tolist() == list(range(100))
+    assert values.tolist() == list(range(1, 101))
+    with pytest.raises(ValueError, match="not the size"):
+        decode([keys, values, no_ends, np.empty(1, np.uint8)])
+    ends = np.empty(100, np.uint64)
+    assert decode([keys, values, ends, no_data], base=7) == (1, 0)
+    assert set(ends.tolist()) == {7}
+
+
+def test_lengths_are_checked_where_no_ends_are_wanted() -> None:
+    """A valid checksum, no user data, and a length that is not 0."""
+    payload = oracle.pack_plain([(1, 2, b""), (3, 4, b"")])
+    lying = dataclasses.replace(payload, data=payload.data[:-1] + b"\1")
+    assert metastore_reads(batch_frame(payload)) == [(1, 2, b""), (3, 4, b"")]
+    assert metastore_reads(batch_frame(lying)) is None
+
+
+def test_user_data_wants_its_ends() -> None:
+    records = [(1, 2, b"x"), (3, 4, b"")]
+    data = memoryview(batch_frame(oracle.pack_plain(records)))
+    table = frames.new_table(1)
+    assert _codec.scan_frames(data, 0, LOG.seed, SEQUENCE, table)[0] == 1
+    no_ends = np.empty(0, np.uint64)
+    target = np.empty(2, np.uint64), np.empty(2, np.uint64), no_ends
+    room = np.empty(1, np.uint8)
+    with pytest.raises(ValueError, match="not the size"):
+        _codec.decode_frames(data, table, *target, room, 0, frames.decompress)
+    old = to_columns(records)
+    with pytest.raises(ValueError, match="do not match"):
+        _merge.merge_into(old.arrays(), to_columns([]).arrays(), (*target, room), 0)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_offsets_of_a_store_without_user_data_are_zeros(
+    tmp_path: Path, threads: int
+) -> None:
+    """From a log, from a snapshot, and from both, where nobody writes the offsets."""
+    n = 3_000
+    for round_number in range(3):
+        store, found = MetadataStore.recover(tmp_path, threads=threads)
+        with store:
+            assert len(found) == n * round_number
+            assert not found.offsets.any()
+            assert len(found.offsets) == len(found) + 1
+            assert not len(found.user_data)
+            start = n * round_number
+            keys = np.arange(start, start + n, dtype=np.uint64)
+            store.insert_arrays(keys, keys + np.uint64(1))
+            if round_number == 1:
+                store.compact()
+    store, found = MetadataStore.recover(tmp_path, threads=threads)
+    with store:
+        assert found.keys.tolist() == list(range(3 * n))
+        assert not found.offsets.any()
+        store.insert_batch([(5, (6, b"user data"))])
+    store, found = MetadataStore.recover(tmp_path, threads=threads)
+    store.shutdown()
+    assert found.get(5) == (6, b"user data")
+    assert found.offsets.tolist() == [0] * 6 + [9] * (3 * n - 5)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
