@@ -1,4 +1,4 @@
-# The verbs of the project; `make` lists them. All of them work in .venv.
+# The verbs of the project; `make` lists them. All of them work in .venv, but for `bench`.
 # ARGS=... is handed on, and PYTHON=... chooses the interpreter of .venv.
 
 PYTHON ?= python3
@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
+BENCH := .venv-bench
 EXTENSIONS := metastore._codec metastore._commit metastore._merge
 
 .DEFAULT_GOAL := help
@@ -43,7 +44,7 @@ $(BUILT): pyproject.toml setup.py $(wildcard metastore/*.pyx metastore/*.h)
 	fi
 	@touch $@
 
-# The extras that only some verbs need: docs, bench, fuzz, matrix.
+# The extras that only some verbs need: docs, fuzz, matrix.
 $(VENV)/.extra-%: pyproject.toml | setup
 	$(BIN)/python -m pip install --quiet -e '.[$*]'
 	@touch $@
@@ -87,12 +88,21 @@ FUZZ_SECONDS ?= 600
 fuzz: $(VENV)/.extra-fuzz  ## coverage-guided fuzzing, by atheris (Linux)
 	$(BIN)/python tests/fuzz_guided.py -max_total_time=$(FUZZ_SECONDS) -max_len=4096 $(ARGS)
 
-bench: $(VENV)/.extra-bench  ## all benchmarks, into docs/performance.md (hours)
-	$(BIN)/python -m benchmarks --json benchmarks/results.json --report $(ARGS)
+# The peers are nothing to develop with: they have an environment of their own, of the
+# same Python. The extensions lie in the tree, so that `setup` rebuilds them for both.
+$(BENCH)/.installed: pyproject.toml | setup
+	$(BIN)/python -m venv --clear $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet -e '.[bench]'
+	@touch $@
+
+bench: $(BENCH)/.installed  ## all benchmarks, into docs/performance.md (hours)
+	$(BENCH)/bin/python -m benchmarks --json benchmarks/results.json --report $(ARGS)
 
 bench-quick: setup  ## every benchmark at a hundredth of its size: does it run?
-	mkdir -p build
-	$(BIN)/python -m benchmarks --scale 0.01 --repeat 1 --peers installed $(ARGS)
+	$(BIN)/python -m benchmarks --scale 0.01 --repeat 1 --peers none $(ARGS)
+
+instructions: setup  ## what the kernels cost, in instructions, against the baseline
+	$(BIN)/python -m benchmarks.instructions $(ARGS)
 
 # A flavour of the extensions lives in a copy of the tree, so that .venv keeps the one
 # that users get. What checks the tree itself has nothing to say there.
@@ -139,11 +149,11 @@ matrix: $(VENV)/.extra-matrix  ## the tests on every Python that is installed
 docs: $(VENV)/.extra-docs  ## the documentation, as HTML in docs/_build
 	$(BIN)/python -m sphinx -n -W --keep-going docs docs/_build/html
 
-clean:  ## remove everything that was built, .venv too
-	rm -rf $(VENV) build dist docs/_build *.egg-info .nox
+clean:  ## remove everything that was built, both environments too
+	rm -rf $(VENV) $(BENCH) build dist docs/_build *.egg-info .nox
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
 	rm -f metastore/*.so
 	find . -name __pycache__ -exec rm -rf {} +
 
-.PHONY: bench bench-quick clean coverage debug demo docs fuzz help lint matrix sanitize \
-	setup stress stress-fuzz stress-rest test types
+.PHONY: bench bench-quick clean coverage debug demo docs fuzz help instructions lint \
+	matrix sanitize setup stress stress-fuzz stress-rest test types

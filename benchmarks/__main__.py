@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -95,6 +96,15 @@ def _is_alive(pid: int) -> bool:
 _PREFIX = "metastore-benchmarks-"
 
 
+def _remove(path: str) -> None:
+    """Remove a directory that a process which was just killed may still write to."""
+    for _ in range(10):
+        shutil.rmtree(path, ignore_errors=True)
+        if not os.path.exists(path):
+            return
+        time.sleep(0.1)
+
+
 @contextlib.contextmanager
 def _data_directory(parent: str) -> Iterator[str]:
     """Make a directory for this run; remove it, and what killed runs have left."""
@@ -106,7 +116,7 @@ def _data_directory(parent: str) -> Iterator[str]:
     try:
         yield path
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
 
 
 def _run_case(case: Case, settings: Settings) -> dict[str, Any]:
@@ -140,7 +150,7 @@ def _say_plan(arguments: argparse.Namespace, missing: list[str]) -> None:
         print(f"not installed, left out: {', '.join(missing)}", file=sys.stderr)
     if arguments.ancestor is None:
         print("no --ancestor: its columns stay empty", file=sys.stderr)
-    busy = machine.busy_processors()
+    busy = machine.busy_processors(arguments.scale)
     if busy > report.QUIET:
         print(
             f"others keep {busy:.1f} processors busy: these figures will be rough",
@@ -172,13 +182,18 @@ def _measure(arguments: argparse.Namespace, figures: report.Figures) -> bool:
         )
         figures.begin(machine.describe(directory, peers), missing)
         for case in cases:
-            busy = machine.busy_processors()
-            result = {
-                **_run_case(case, settings),
-                "busy_before": busy,
+            about = {
+                "busy_before": machine.busy_processors(settings.scale),
+                "revision": machine.revision(),
                 "scale": settings.scale,
                 "repeat": settings.repeat,
             }
+            result = {**_run_case(case, settings), **about}
+            if machine.disk_was_full(result.get("error", "")):
+                raise BenchmarkError(
+                    f"the disk became full during {case.name}: {parent}. Choose "
+                    "another place with --directory, or fewer records with --scale"
+                )
             figures.add(case.name, result)
             print(report.as_text(case.name, result), flush=True)
             succeeded = succeeded and "error" not in result

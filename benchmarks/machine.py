@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import importlib.metadata
 import os
+import pathlib
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -14,7 +17,14 @@ from typing import Any
 from benchmarks.measure import BenchmarkError
 from benchmarks.peers import Peer
 
-__all__ = ["busy_processors", "check_directory", "describe", "file_system"]
+__all__ = [
+    "busy_processors",
+    "check_directory",
+    "describe",
+    "disk_was_full",
+    "file_system",
+    "revision",
+]
 
 _PACKAGES = ("metastore", "numpy", "zstandard", "crc32c")
 
@@ -45,8 +55,10 @@ def file_system(path: str) -> str:
     return "unknown"
 
 
-#: Long enough to see work that comes and goes, short beside any case.
+#: Long enough to see work that comes and goes, short beside any case of full size.
 _BUSY_SECONDS = 2.0
+#: The system counts in hundredths: less would say next to nothing.
+_BUSY_SECONDS_MIN = 0.2
 
 
 def _busy_seconds() -> float | None:
@@ -61,18 +73,45 @@ def _busy_seconds() -> float | None:
     return (user + nice + system + irq + soft + stolen) / os.sysconf("SC_CLK_TCK")
 
 
-def busy_processors() -> float:
+def busy_processors(scale: float) -> float:
     """Watch, doing nothing, how many processors others keep busy.
 
     The load average would not do: it is of the last minutes, and so counts the case
-    that has just ended.
+    that has just ended. Below a tenth of a case's size its figures are rough anyway,
+    and a shorter look will do.
     """
+    seconds = min(_BUSY_SECONDS, max(_BUSY_SECONDS_MIN, 10 * scale * _BUSY_SECONDS))
     before = _busy_seconds()
-    time.sleep(_BUSY_SECONDS)
+    time.sleep(seconds)
     after = _busy_seconds()
     if before is None or after is None:  # a system without /proc/stat
         return os.getloadavg()[0]
-    return (after - before) / _BUSY_SECONDS
+    return (after - before) / seconds
+
+
+def revision() -> str | None:
+    """Return what git calls the code that is measured; None without git."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=pathlib.Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def disk_was_full(error: str) -> bool:
+    """Tell whether a case failed for want of space.
+
+    Told by the words: errors come from other processes and out of other libraries,
+    and most of them carry the system's message, but not its number.
+    """
+    words = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "disk is full")
+    return any(some in error for some in words)
 
 
 def check_directory(path: str, needed_size: int) -> None:

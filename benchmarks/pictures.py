@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.peers import PEERS
 from benchmarks.results import OURS
 
 __all__ = ["draw"]
@@ -100,6 +101,71 @@ def _ratios(rows: Rows, path: pathlib.Path) -> bool:
     return True
 
 
+def _beside_peers(rows: Rows, path: pathlib.Path) -> bool:
+    """Draw how many times better than each peer: warm loads, storing, commits."""
+    loads = [row for row in rows.values() if row.get("cold") is False]
+    loads.sort(key=lambda row: int(row["n_records"]))
+    # of the three sizes the two large ones, for which the goals were set
+    chosen = loads[-2:] + [
+        row for row in rows.values() if row["name"].startswith(("P2", "P3 C"))
+    ]
+    present = [
+        peer.name for peer in PEERS if any(peer.name in row["sides"] for row in chosen)
+    ]
+    if not present:
+        return False
+    figure, axes = _axes("Times better than each peer", "", "ratio of the medians")
+    colours = _colours(present)
+    width = 0.8 / len(present)
+    for number, name in enumerate(present):
+        # a bar rises from 1, where both are level, or hangs from it
+        bars = [
+            (place + (number + 0.5) * width - 0.4, _times_better(row, name) - 1)
+            for place, row in enumerate(chosen)
+            if name in row["sides"]
+        ]
+        places, heights = zip(*bars, strict=True)
+        axes.bar(places, heights, width, 1, color=colours[name], label=name)
+    axes.axhline(1, color=_OURS_COLOUR, label=OURS)
+    names = [row["name"].replace(" ", "\n", 1) for row in chosen]
+    axes.set_xticks(range(len(chosen)), names)
+    axes.set_yscale("log")
+    figure.legend(fontsize="small", loc="outside lower center", ncols=3)
+    _save(figure, path)
+    return True
+
+
+def _times_better(row: dict[str, Any], side: str) -> float:
+    ours, others = (float(row["sides"][name]["median"]) for name in (OURS, side))
+    return ours / others if row["unit"] == "/s" else others / ours
+
+
+def _recovery_times(rows: Rows, path: pathlib.Path) -> bool:
+    """Draw the time of R1 to R4 against the number of records, with R6's points."""
+    lines = {}
+    for name in ("R1", "R2", "R3", "R4"):
+        found = [rows[key] for key in (name, f"R6 {name}") if key in rows]
+        points = [(row["n_records"], _seconds(row)) for row in found]
+        if points:
+            lines[name] = points
+    if not lines:
+        return False
+    figure, axes = _axes("Recovery", "records", "seconds")
+    for (name, points), colour in zip(lines.items(), _OTHER_COLOURS, strict=False):
+        axes.plot(*zip(*points, strict=True), "-o", color=colour, label=name)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.legend()
+    _save(figure, path)
+    return True
+
+
+def _seconds(row: dict[str, Any]) -> float:
+    """Return our time for all records; R6 tells nanoseconds per record."""
+    median = float(row["sides"][OURS]["median"])
+    return median * row["n_records"] / 1e9 if row["unit"] == "ns" else median
+
+
 def _latencies(rows: Rows, path: pathlib.Path) -> bool:
     """Draw the distributions of commit latencies, the tail stretched."""
     lines = [
@@ -172,6 +238,16 @@ def draw(content: dict[str, Any], folder: pathlib.Path) -> list[tuple[str, str]]
             _ratios(rows, folder / "ancestor.png"),
             "ancestor.png",
             "How many times better than the ancestor, and the goals",
+        ),
+        (
+            _beside_peers(rows, folder / "peers.png"),
+            "peers.png",
+            "How many times better than each of the other stores",
+        ),
+        (
+            _recovery_times(rows, folder / "recovery.png"),
+            "recovery.png",
+            "Time of a recovery against the number of records",
         ),
         (
             _latencies(rows, folder / "latencies.png"),

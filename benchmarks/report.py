@@ -166,6 +166,18 @@ def _caution(content: dict[str, Any]) -> list[str]:
     ]
 
 
+def _revisions(cases: dict[str, Any]) -> str:
+    """Return the revision that was measured, or which cases are of which."""
+    names: dict[str, list[str]] = {}
+    for name, case in cases.items():
+        # figures of before revisions were kept, or without git, have none
+        names.setdefault(case.get("revision") or "unknown", []).append(name)
+    if len(names) == 1:
+        return f"Revision: {next(iter(names))}."
+    each = "; ".join(f"{key} ({', '.join(some)})" for key, some in names.items())
+    return f"**The cases are of several revisions**: {each}."
+
+
 def _machine(content: dict[str, Any]) -> str:
     machine = content["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
@@ -179,7 +191,8 @@ def _machine(content: dict[str, Any]) -> str:
             f"{machine['cores']} cores, "
             f"{machine['memory_size'] / (1 << 30):.0f} GiB of memory, "
             f"{machine['system']} ({machine['architecture']}), "
-            f"{machine['file_system']}. Versions: {versions}.",
+            f"{machine['file_system']}. Versions: {versions}. "
+            f"{_revisions(content['cases'])}",
             f"Peers: {peers}.",
             f"Rounds: {', '.join(map(str, repeats))}; scale: "
             f"{', '.join(f'{scale:g}' for scale in scales)}; processors that "

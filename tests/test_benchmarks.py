@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,10 +20,14 @@ import pytest
 if importlib.util.find_spec("benchmarks") is None:
     pytest.skip("only the repository has the benchmarks", allow_module_level=True)
 
-from benchmarks import machine
+from benchmarks import instructions, machine, report
 from benchmarks.__main__ import main
 
 MEMORY = ("tmpfs", "ramfs")
+TIMEOUT_SECONDS = 60
+
+#: Compares recorded instructions with a baseline and its environment.
+Compared = Callable[[dict[str, int], dict[str, str]], int]
 
 
 @pytest.fixture
@@ -31,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _nobody_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here is a figure: do not watch the machine before each case."""
-    monkeypatch.setattr(machine, "busy_processors", lambda: 0.0)
+    monkeypatch.setattr(machine, "busy_processors", lambda scale: 0.0)
 
 
 def few(folder: Path, *more: str) -> list[str]:
@@ -138,3 +148,233 @@ def test_figures_of_another_machine_are_refused(folder, capsys):
     assert "another machine" in said
     assert figures.read_text() == content
     assert os.listdir(folder) == [figures.name]
+
+
+# Directories that cannot be used, and disks that become full
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_directory_that_cannot_be_written_to_is_refused(
+    folder, capsys, monkeypatch, number
+):
+    """Faked, since to root every directory is writable."""
+
+    def fail(dir: str) -> None:
+        raise OSError(number, os.strerror(number), dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", fail)
+    said = refused(few(folder), capsys)
+    assert str(folder) in said
+    assert os.strerror(number) in said
+    assert "--directory" in said
+    assert os.listdir(folder) == []
+
+
+@pytest.mark.parametrize("kind", MEMORY)
+def test_a_directory_in_memory_is_refused(folder, capsys, monkeypatch, kind):
+    monkeypatch.setattr(machine, "file_system", lambda path: kind)
+    said = refused(few(folder), capsys)
+    assert f"{folder} is memory ({kind})" in said
+    assert "--directory" in said
+    assert os.listdir(folder) == []
+
+
+def test_a_directory_in_memory_is_recognised(capsys):
+    try:
+        mounts = Path("/proc/mounts").read_text().splitlines()
+    except OSError:
+        mounts = []
+    if ["/dev/shm", "tmpfs"] not in [line.split()[1:3] for line in mounts]:
+        pytest.skip("no directory is known to be in memory")
+    assert "is memory (tmpfs)" in refused(few(Path("/dev/shm")), capsys)
+
+
+#: Imported by every Python before anything else: one call finds the disk full.
+FULL = """
+import errno, os
+
+def full(*args, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+os.{call} = full
+"""
+
+
+@pytest.mark.parametrize("call", ["link", "fsync"], ids=["case", "measured process"])
+def test_a_disk_that_becomes_full_ends_the_run(
+    folder, tmp_path_factory, capsys, monkeypatch, call
+):
+    """In one sentence, whether the case itself meets it or a process of its own."""
+    patch = tmp_path_factory.mktemp("patch")
+    (patch / "sitecustomize.py").write_text(FULL.format(call=call))
+    monkeypatch.setenv("PYTHONPATH", str(patch))
+    assert main(few(folder)) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "Traceback" not in said.err
+    last = said.err.splitlines()[-1]
+    assert last.startswith(f"benchmarks: the disk became full during R1: {folder}.")
+    assert "--scale" in last
+    assert "--directory" in last
+    assert os.listdir(folder) == []
+
+
+# Interrupts
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    """Return once the condition holds; fail if it takes long, or the process ends."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not condition():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.01)  # leaves the processor to the run
+
+
+@pytest.fixture
+def _interrupts_reach_children() -> Iterator[None]:
+    """What runs in the background may ignore SIGINT, and its children with it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interrupts_reach_children")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_no_data(folder, number):
+    """The signal comes while the case measures, in rounds that would not end."""
+    command = [sys.executable, "-m", "benchmarks", *few(folder, "--repeat", "1000000")]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        try:
+            wait_until(lambda: list(folder.glob("*/scratch/*")), run)
+            run.send_signal(number)
+            output, said = run.communicate(timeout=TIMEOUT_SECONDS)
+        finally:
+            run.kill()
+    assert run.returncode == 130
+    assert output == ""
+    assert said.splitlines()[-1] == "benchmarks: interrupted; the data was removed"
+    assert os.listdir(folder) == []
+
+
+# The report
+
+
+def figures_of(*revisions: str | None) -> dict[str, object]:
+    """Return figures of as many cases, R1 and so on, without rows."""
+    return {
+        f"R{number}": {"revision": revision} if revision else {}
+        for number, revision in enumerate(revisions, 1)
+    }
+
+
+def test_the_report_names_the_revision():
+    assert report._revisions(figures_of("abc", "abc")) == "Revision: abc."
+
+
+def test_the_report_tells_of_several_revisions():
+    """Also of figures that were taken before revisions were kept."""
+    said = report._revisions(figures_of("abc", None, "abc"))
+    assert said.startswith("**The cases are of several revisions**")
+    assert said.endswith("abc (R1, R3); unknown (R2).")
+
+
+def test_without_git_there_is_no_revision(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert machine.revision() is None
+
+
+@pytest.mark.parametrize("case", ["C3", "R3"])
+def test_every_figure_stands_in_a_table(folder, case):
+    """Rows without a side to stand beside were once left out of the report."""
+    figures = folder / "figures.json"
+    assert main(few(folder, "--only", case, "--json", str(figures))) == 0
+    content = json.loads(figures.read_text())
+    section = report._section(content, [])
+    for row in content["cases"][case]["rows"]:
+        assert f"\n| {row['name']} | " in section
+        assert row["goals"]
+
+
+# The count of instructions, on what callgrind_annotate once said
+
+ANNOTATED = """\
+--------------------------------------------------------------------------------
+Ir                   file:function
+--------------------------------------------------------------------------------
+962,054,674 (100.0%)  PROGRAM TOTALS
+  1,078,399 ( 0.11%)  build/_merge.c:__pyx_pw_9metastore_6_merge_23merge_into [a.so]
+    150,774 ( 0.02%)  build/_merge.c:__pyx_pw_9metastore_6_merge_7scatter [a.so]
+    159,014 ( 0.02%)  _commit.c:__pyx_pw_9metastore_7_commit_11GroupCommit_11exclusively
+     92,100 ( 0.01%)  include/object.h:__pyx_pw_9metastore_6_merge_23merge_into
+     86,307 ( 0.01%)  build/_codec.c:__pyx_pw_9metastore_6_codec_21check_payload [a.so]
+     82,193 ( 0.01%)  build/_commit.c:__pyx_pw_9metastore_7_commit_11GroupCommit_9commit
+     12,004 ( 0.00%)  Python/ceval.c:_PyEval_EvalFrameDefault [libpython.so]
+"""
+ENVIRONMENT = {"architecture": "x86_64", "compiler": "a compiler", "cython": "3.3.1"}
+RECORDED = {
+    "_codec.check_payload": 86_307,
+    "_commit.commit": 82_193,
+    "_merge.merge_into": 1_078_399,
+    "_merge.scatter": 150_774,
+}
+
+
+@pytest.fixture
+def compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compared:
+    """Compare the recorded text with a baseline; the exit status."""
+    baseline = tmp_path / "instructions.json"
+    monkeypatch.setattr(instructions, "_BASELINE", baseline)
+    monkeypatch.setattr(instructions, "_environment", lambda: ENVIRONMENT)
+    monkeypatch.setattr(instructions, "count", lambda: instructions._kernels(ANNOTATED))
+
+    def compare(counts: dict[str, int], environment: dict[str, str]) -> int:
+        content = {"environment": environment, "instructions": counts}
+        baseline.write_text(json.dumps(content))
+        return instructions.main([])
+
+    return compare
+
+
+def test_equal_instructions_are_no_regression(compared, capsys):
+    assert compared(RECORDED, ENVIRONMENT) == 0
+    said = capsys.readouterr().out
+    assert "dearer" not in said
+    assert said.count("(+0.0%)") == len(RECORDED)
+
+
+@pytest.mark.parametrize(
+    ("factor", "status"), [(1.03, 1), (1.01, 0), (0.99, 0), (0.5, 0)]
+)
+def test_a_dearer_kernel_is_a_regression(compared, capsys, factor, status):
+    """By more than the tolerance of 2%; the baseline is what moves here."""
+    before = {
+        **RECORDED,
+        "_merge.merge_into": round(RECORDED["_merge.merge_into"] / factor),
+    }
+    assert compared(before, ENVIRONMENT) == status
+    assert ("  dearer" in capsys.readouterr().out) == (status == 1)
+
+
+def test_a_kernel_that_is_new_or_gone_is_told(compared, capsys):
+    assert compared({"_codec.gone": 1, **RECORDED}, ENVIRONMENT) == 1
+    assert "_codec.gone: gone" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ENVIRONMENT)
+def test_another_compiler_is_not_comparable(compared, capsys, name):
+    assert compared(RECORDED, {**ENVIRONMENT, name: "another"}) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "the baseline is not comparable" in said.err
+    assert f"{name} another there, {ENVIRONMENT[name]} here" in said.err
+
+
+def test_without_valgrind_nothing_is_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(instructions, "_BASELINE", tmp_path / "instructions.json")
+    monkeypatch.setattr(instructions.shutil, "which", lambda name: None)
+    assert instructions.main(["--record"]) == 2
+    assert "valgrind is not installed" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +26,7 @@ __all__ = ["Load", "c1", "c2", "c3", "c4", "c5", "c6", "commit_rate"]
 BARE = "bare pwrite + fdatasync, zeroed file"
 APPENDING = "bare pwrite + fdatasync, growing file"
 WALK = "hash() of the same tuples"
+FRAMES = "making their frames alone"
 GROUPS = "bare writes of as many frames"
 #: Stored bytes of a batch of one record with 8 bytes of user data.
 _ONE_RECORD_FRAME_SIZE = 80
@@ -44,6 +47,8 @@ class Load:
     spin: bool = False
     #: How long each thread computes, in Python, between two commits.
     compute_seconds: float = 0
+    #: After how long the interpreter asks a thread for its lock; 0: as it is set.
+    switch_seconds: float = 0
 
 
 class _Spinner:
@@ -89,6 +94,8 @@ def commit_rate(side: type[Peer], path: str, load: Load) -> dict[str, Any]:
         Commits per second, the distribution of latencies, how often the spinning
         thread went round a second, and how many commits shared a write.
     """
+    if load.switch_seconds:
+        sys.setswitchinterval(load.switch_seconds)
     batches = _batches(load)
     store = side(path)
     ready = threading.Barrier(load.n_threads + 1)
@@ -291,21 +298,18 @@ def c3(settings: Settings) -> list[Row]:
         alternate(settings.repeat, sides),
     )
     limit = "60 ns"
+    unsynced = "unsynced"
     encoding = alternate(
         settings.repeat,
         {
             OURS: lambda: float(isolated(_first_met, True, load.n_batches).result),
             WALK: lambda: float(isolated(_first_met, False, load.n_batches).result),
-        },
-    )
-    unsynced = alternate(
-        settings.repeat,
-        {
-            OURS: lambda: settings.with_scratch(
+            unsynced: lambda: settings.with_scratch(
                 lambda path: float(isolated(_unsynced, path, load.n_batches).result)
-            )
+            ),
         },
     )
+    written = {OURS: encoding.pop(unsynced), FRAMES: encoding[OURS]}
     return [
         row.times_better(ANCESTOR, 3).beside(APPENDING).beside(BARE),
         Row(
@@ -316,7 +320,9 @@ def c3(settings: Settings) -> list[Row]:
         )
         .of_limit(limit, 1)
         .beside(WALK),
-        Row("C3 unsynced", "the same batches, not synced, per record", "ns", unsynced),
+        Row(
+            "C3 unsynced", "the same batches, not synced, per record", "ns", written
+        ).beside(FRAMES),
     ]
 
 
@@ -454,30 +460,51 @@ def c6(settings: Settings) -> list[Row]:
     """C1 and C2 beside one thread that spins in pure Python."""
     seconds = max(0.3, 2 * min(1, settings.scale))
     alone = isolated(_spins_alone, seconds).result
+    load = functools.partial(Load, 50_000, 1, seconds_max=seconds, spin=True)
+    short = "C6 1 short interval"
     rows = []
-    for n_threads, compute in ((1, 0.0), (8, 0.0), (8, 50e-6)):
-        load = Load(50_000, 1, n_threads, seconds, spin=True, compute_seconds=compute)
-        kept: dict[str, Any] = {}
-        sides = {
-            side.name: measured(settings, side, load, kept)
-            for side in (Metastore, *settings.peers)
-            if side.commits
-        }
-        row = Row(
-            f"C6 {n_threads}{' computing' if compute else ''}",
-            f"durable commits of one record, {n_threads} thread"
-            f"{'s' if n_threads > 1 else ''}"
-            f"{f' that compute {compute * 1e6:.0f} us between two' if compute else ''}"
-            ", beside one that spins",
-            "/s",
-            alternate(settings.repeat, sides),
-        )
-        for side in ("LMDB", "LevelDB", "SQLite"):
-            row.times_better(side, 1)
-        row.notes += [
-            f"beside {name} the spinning thread kept {found['spins'] / alone:.0%} "
-            "of its speed"
-            for name, found in kept.items()
-        ]
+    for name, what, some in (
+        ("C6 1", "1 thread", load(n_threads=1)),
+        (
+            short,
+            "1 thread, with sys.setswitchinterval(0.0005)",
+            load(n_threads=1, switch_seconds=500e-6),
+        ),
+        ("C6 8", "8 threads", load(n_threads=8)),
+        (
+            "C6 8 computing",
+            "8 threads that compute 50 us between two",
+            load(n_threads=8, compute_seconds=50e-6),
+        ),
+        ("C6 64", "64 threads", load(n_threads=64)),
+    ):
+        row = _beside_spinner(settings, name, what, some, alone)
+        if name != short:  # shows a way out; nothing has to be reached by it
+            for side in ("LMDB", "LevelDB", "SQLite"):
+                row.times_better(side, 1)
         rows.append(row)
     return rows
+
+
+def _beside_spinner(
+    settings: Settings, name: str, what: str, load: Load, alone: float
+) -> Row:
+    """Measure ourselves and the peers; `alone` is the speed of a spinner by itself."""
+    kept: dict[str, Any] = {}
+    sides = {
+        side.name: measured(settings, side, load, kept)
+        for side in (Metastore, *settings.peers)
+        if side.commits
+    }
+    row = Row(
+        name,
+        f"durable commits of one record, {what}, beside one that spins",
+        "/s",
+        alternate(settings.repeat, sides),
+    )
+    row.notes += [
+        f"beside {side} the spinning thread kept {found['spins'] / alone:.0%} "
+        "of its speed"
+        for side, found in kept.items()
+    ]
+    return row
