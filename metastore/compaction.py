@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import queue
@@ -19,7 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from metastore.columns import Columns, Uint64s, concatenate, merge, sort_last_wins
-from metastore.directory import DirectoryProtocol, FileName, FileProtocol
+from metastore.directory import (
+    DirectoryProtocol,
+    FileName,
+    FileProtocol,
+    file_sizes,
+)
 from metastore.errors import CorruptionError
 from metastore.format import (
     BLOCK_RECORDS_TARGET,
@@ -30,7 +36,7 @@ from metastore.format import (
 )
 from metastore.frames import encode_block
 from metastore.gate import Gate
-from metastore.log import read_log
+from metastore.log import LogFile, open_log, read_logs
 from metastore.pace import Pace, give_way
 from metastore.parallel import ordered_map
 from metastore.snapshot import SnapshotReader, SnapshotWriter, split_into_blocks
@@ -232,28 +238,26 @@ def _read_run(
 ) -> Columns:
     """Return the records of all logs, sorted, tombstones included."""
     threads = pace.threads(threads)
-    parts: list[Columns] = []
     bounds = [first for _, first in logs[1:]] + [sequence + 1]
-    for (name, first), bound in zip(logs, bounds, strict=True):
-        file = directory.open(str(name))
-        try:
-            header = _header_of(file, name)
-            if header.store_id != store_id or header.sequence != first:
-                raise CorruptionError(file.path, 0, "the log was exchanged for another")
-            content = read_log(
-                file,
-                header,
-                bound=bound,
-                mapped=True,
-                threads=threads,
-                on_bytes=lambda _: pace.rest(),
-            )
-        finally:
-            file.close()
+
+    def prepare(name: FileName, first: int, bound: int, file: FileProtocol) -> LogFile:
+        header = _header_of(file, name)
+        if header.store_id != store_id or header.sequence != first:
+            raise CorruptionError(file.path, 0, "the log was exchanged for another")
+        return LogFile(file, header, bound, is_mapped=True)
+
+    contents, parts = read_logs(
+        (
+            open_log(directory, name, functools.partial(prepare, name, first, bound))
+            for (name, first), bound in zip(logs, bounds, strict=True)
+        ),
+        sum(file_sizes(directory, [name for name, _ in logs]).values()),
+        threads=threads,
+        on_bytes=lambda _: pace.rest(),
+    )
+    for content in contents:
         if content.damage is not None:
             raise content.damage
-        parts += content.parts
-        content.parts = []  # or what it holds would outlive the joining of the parts
     return sort_last_wins(concatenate(parts), threads)
 
 

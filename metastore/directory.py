@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -34,6 +34,7 @@ __all__ = [
     "FileName",
     "FileProtocol",
     "Listing",
+    "file_sizes",
     "is_cached",
     "parse_listing",
     "publish",
@@ -476,6 +477,17 @@ def _unlock_after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_unlock_after_fork)
+
+
+def file_sizes(
+    directory: DirectoryProtocol, names: Iterable[FileName]
+) -> dict[FileName, int]:
+    """Return the sizes of files in bytes, one open at a time: there may be many."""
+    sizes = {}
+    for name in names:
+        with contextlib.closing(directory.open(str(name))) as file:
+            sizes[name] = file.size()
+    return sizes
 
 
 def release_pages(view: memoryview, start: int, stop: int) -> None:

@@ -8,7 +8,8 @@ import errno
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 
 from metastore import _codec
 from metastore._commit import Tail
@@ -35,7 +36,15 @@ from metastore.frames import Table, corruption, decode_into, new_table
 from metastore.parallel import ordered_map
 from metastore.read_ahead import ReadAhead
 
-__all__ = ["LogContent", "LogWriter", "ends_sealed", "prepare_log", "read_log"]
+__all__ = [
+    "LogContent",
+    "LogFile",
+    "LogWriter",
+    "ends_sealed",
+    "open_log",
+    "prepare_log",
+    "read_logs",
+]
 
 #: Behind its last frame a log has fewer zeros than this.
 _TAIL_SIZE_MAX = (1 << 20) + 4096
@@ -160,12 +169,26 @@ class LogWriter:
 # ---- reading ----
 
 
+@dataclasses.dataclass(frozen=True)
+class LogFile:
+    """A log to be read; who reads it closes the file."""
+
+    file: FileProtocol
+    #: Already checked.
+    header: FileHeader
+    #: The first sequence of the next log; None for the newest log.
+    bound: int | None
+    #: Whether to map the file, which nobody may be writing; an error of the medium is a
+    #: signal then, and not an exception.
+    is_mapped: bool
+
+
 @dataclasses.dataclass
 class LogContent:
-    """What was read of one log."""
+    """What was read of one log, beside its records."""
 
-    #: Records of the batches in order, a part per window.
-    parts: list[Columns]
+    #: Bytes of the file.
+    size: int
     n_batches: int
     #: Sequence of the batch behind the last one read.
     sequence: int
@@ -199,17 +222,19 @@ class _Place:
 
 
 class _Extents:
-    """Room for the records of a log, so that windows decode into it side by side.
+    """Room for the records of logs, so that windows decode into it side by side.
 
-    The first window tells how much room the whole log will need; a log that is uneven
-    takes a further extent.
+    The first window tells how much room all logs will need; if they are uneven they
+    take further extents.
     """
 
-    def __init__(self, log_size: int) -> None:
-        self._left = log_size
+    def __init__(self, logs_size: int) -> None:
+        self._left = logs_size
         self._extents: list[Columns] = []
-        #: Records and bytes of user data that are taken, per extent.
+        #: Records and bytes of user data, per extent, that are taken; and of those,
+        #: that are kept.
         self._taken: list[tuple[int, int]] = []
+        self._kept: list[tuple[int, int]] = []
 
     def reserve(self, window: _Window) -> _Place:
         """Return a place with room for the window's records."""
@@ -235,6 +260,7 @@ class _Extents:
         user_data_size = max(size, min(math.ceil(size * share), limit))
         self._extents.append(Columns.allocate(n_records, user_data_size))
         self._taken.append((0, 0))
+        self._kept.append((0, 0))
 
     def decode(self, window: _Window, place: _Place) -> tuple[int, int]:
         """Decode a window into its place; see ``_codec.decode_frames``."""
@@ -243,17 +269,17 @@ class _Extents:
         )
         return decode_into(window.data, window.table, target, place.data_start)
 
-    def cut(self, place: _Place, table: Table) -> None:
-        """Give up everything behind the frames of `table` in the window at `place`."""
+    def keep(self, place: _Place, table: Table) -> None:
+        """Keep the frames of `table` in the window at `place`; called in order."""
         n, size = _codec.totals(table)
-        del self._extents[place.extent + 1 :], self._taken[place.extent + 1 :]
-        self._taken[place.extent] = place.start + n, place.data_start + size
+        self._kept[place.extent] = place.start + n, place.data_start + size
 
     def parts(self) -> list[Columns]:
-        """Return what was decoded."""
+        """Return what was kept."""
         return [
             extent.head(n, size)
-            for extent, (n, size) in zip(self._extents, self._taken, strict=True)
+            for extent, (n, size) in zip(self._extents, self._kept, strict=True)
+            if n
         ]
 
 
@@ -288,6 +314,20 @@ class _Source:
         self._ahead.close()
 
 
+def open_log(
+    directory: DirectoryProtocol,
+    name: FileName,
+    prepare: Callable[[FileProtocol], LogFile],
+) -> LogFile:
+    """Open a log and have it prepared; if that fails the file is closed."""
+    with contextlib.ExitStack() as undo:
+        file = directory.open(str(name))
+        undo.callback(file.close)
+        log = prepare(file)
+        undo.pop_all()
+        return log
+
+
 def ends_sealed(file: FileProtocol, header: FileHeader) -> bool:
     """Return whether an end frame stands behind everything in a log but zeros.
 
@@ -312,28 +352,66 @@ def ends_sealed(file: FileProtocol, header: FileHeader) -> bool:
     return False
 
 
-def read_log(
-    file: FileProtocol,
-    header: FileHeader,
+class _Reading:
+    """A log from its first window until its end was judged."""
+
+    def __init__(self, log: LogFile) -> None:
+        self._log = log
+        self._source = _Source(log.file, log.is_mapped)
+        self.scan = _Scan(self._source, log.header, log.bound)
+        self.content = LogContent(
+            self._source.size, 0, log.header.sequence, FILE_HEADER_SIZE, False, 0, None
+        )
+
+    def take(self, window: _Window, n_valid: int) -> bool:
+        """Count the valid frames of the next window; return whether all of them are."""
+        content = self.content
+        content.n_batches += n_valid
+        content.sequence += n_valid
+        if n_valid < len(window.table):
+            row = window.table[n_valid, _codec.ROW_OFFSET]
+            content.end = window.offset + int(row)
+            return False
+        content.end = window.offset + len(window.data)
+        self._source.release(window.offset, len(window.data))
+        return True
+
+    def judge(self, status: int) -> None:
+        """Decide what the place behind the last valid frame means."""
+        log = self._log
+        _judge_end(
+            self._source, self.content, log.header, log.bound, status, log.file.path
+        )
+
+    def close(self) -> None:
+        """Give the file back; maps of it stay valid."""
+        self._source.close()
+        self._log.file.close()
+
+
+#: A window of a log and its place; or neither, behind the last one.
+_Item = tuple[_Reading, tuple[_Window, _Place] | None]
+
+
+def read_logs(
+    logs: Iterable[LogFile],
+    size: int,
     *,
-    bound: int | None = None,
-    mapped: bool = False,
     threads: int = 1,
     on_bytes: Callable[[int], None] | None = None,
-) -> LogContent:
-    """Read the batches of a log.
+) -> tuple[list[LogContent], list[Columns]]:
+    """Read the batches of logs, one log behind the other.
+
+    The windows of all are one stream of work: while those of one log are decoded, the
+    next is opened and scanned; and the records of all go to the same extents. A log is
+    closed once its end was judged, so that few are open at a time.
 
     Parameters
     ----------
-    file : FileProtocol
-        The log; it may be sealed, bounded or open.
-    header : FileHeader
-        Its header, already checked.
-    bound : int, optional
-        The first sequence of the next log; None for the newest log.
-    mapped : bool
-        Whether to map the file, which nobody may be writing; an error of the medium is
-        a signal then, and not an exception.
+    logs : iterable of LogFile
+        Drawn one by one. Only the last may have no bound.
+    size : int
+        Bytes of all logs together.
     threads : int
         How many threads decode.
     on_bytes : callable, optional
@@ -341,49 +419,60 @@ def read_log(
 
     Returns
     -------
-    LogContent
-        With `damage` set where a bad frame is not a torn tail.
+    contents : list of LogContent
+        Up to the first log with damage, where a bad frame is not a torn tail.
+    parts : list of Columns
+        The records of all of them in order.
     """
-    with contextlib.closing(_Source(file, mapped)) as source:
-        scan = _Scan(source, header, bound, file.path)
-        content = LogContent([], 0, header.sequence, FILE_HEADER_SIZE, False, 0, None)
+    extents = _Extents(size)
+    contents: list[LogContent] = []
+    readings: deque[_Reading] = deque()
 
-        extents = _Extents(source.size)
+    def items() -> Iterator[_Item]:
+        for log in logs:
+            with contextlib.ExitStack() as undo:
+                undo.callback(log.file.close)
+                readings.append(_Reading(log))
+                undo.pop_all()
+            reading = readings[-1]
+            for window in reading.scan:
+                yield reading, (window, extents.reserve(window))
+            yield reading, None
 
-        def decode(job: tuple[_Window, _Place]) -> tuple[_Window, _Place, int, int]:
-            return (*job, *extents.decode(*job))
+    def decode(item: _Item) -> tuple[_Item, int, int]:
+        _, job = item
+        return (item, *extents.decode(*job)) if job else (item, 0, 0)
 
-        jobs = ((window, extents.reserve(window)) for window in scan)
-        bad: tuple[int, int] | None = None
-        decoded = ordered_map(decode, jobs, threads, caller_works=True)
+    try:
+        decoded = ordered_map(decode, items(), threads, caller_works=True)
         with contextlib.closing(decoded):
-            for window, place, n, status in decoded:
-                content.n_batches += n
-                content.sequence += n
-                if n < len(window.table):
-                    row = window.table[n, _codec.ROW_OFFSET]
-                    bad = window.offset + int(row), status
-                    extents.cut(place, window.table[:n])
+            for (reading, job), n, status in decoded:
+                if job is None:
+                    reading.content.end = reading.scan.stop
+                    status = reading.scan.status
+                    reading.content.is_sealed = status == _codec.SCAN_SEALED
+                else:
+                    window, place = job
+                    extents.keep(place, window.table[:n])
+                    if reading.take(window, n):
+                        if on_bytes:
+                            on_bytes(len(window.data))
+                        continue
+                reading.judge(status)
+                contents.append(reading.content)
+                readings.popleft().close()
+                if job is not None or reading.content.damage is not None:
                     break
-                content.end = window.offset + len(window.data)
-                source.release(window.offset, len(window.data))
-                if on_bytes:
-                    on_bytes(len(window.data))
-        content.parts = extents.parts()
-        if bad is None:
-            bad = scan.stop, scan.status
-            content.is_sealed = scan.status == _codec.SCAN_SEALED
-        content.end = bad[0]
-        _judge_end(source, content, header, bound, bad[1], file.path)
-        return content
+    finally:
+        for reading in readings:
+            reading.close()
+    return contents, extents.parts()
 
 
 class _Scan:
     """Iterates over the windows of a log; afterwards tells where and why it stopped."""
 
-    def __init__(
-        self, source: _Source, header: FileHeader, bound: int | None, path: str
-    ) -> None:
+    def __init__(self, source: _Source, header: FileHeader, bound: int | None) -> None:
         self._source = source
         self._seed = log_seed(header.store_id, header.number)
         self._sequence = header.sequence

@@ -31,7 +31,7 @@ from metastore.format import (
     snapshot_seed,
 )
 from metastore.frames import new_table
-from metastore.log import LogContent, read_log
+from metastore.log import LogContent, LogFile, read_logs
 from metastore.parallel import ordered_map
 from metastore.recovery import (
     Content,
@@ -433,14 +433,14 @@ def _check_alone(
         if isinstance(header, CorruptionError):
             return FileCheck(name, size, "header", None, None, header)
         if name.kind == "log":
-            log = read_log(
-                file, header, bound=bound, mapped=bound is not None, threads=threads
-            )
-            check = _check_log(name, size, log)
+            log = LogFile(file, header, bound, is_mapped=bound is not None)
+            contents, _ = read_logs([log], size, threads=threads)
+            check = _check_log(name, size, contents[0])
         else:
             check = _check_snapshot_alone(name, size, file, header, threads)
-        if check.damage is None:
-            return check
+    if check.damage is None:
+        return check
+    with contextlib.closing(directory.open(str(name))) as file:
         evidence = Evidence(name, file.view(), header, None)
     return dataclasses.replace(check, gaps=_gaps(evidence, header, bound))
 

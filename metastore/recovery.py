@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from metastore.columns import Columns, Recovered, concatenate, merge, sort_last_wins
 from metastore.directory import (
     QUARANTINE,
     DirectoryProtocol,
     FileName,
+    FileProtocol,
     Listing,
+    file_sizes,
     parse_listing,
 )
 from metastore.errors import CorruptionError, FormatVersionError, MetastoreError
 from metastore.format import FILE_HEADER_SIZE, FileHeader
-from metastore.log import LogContent, ends_sealed, read_log
+from metastore.log import LogContent, LogFile, ends_sealed, open_log, read_logs
 from metastore.report import RecoveryReport
 from metastore.snapshot import SnapshotReader
 
@@ -307,7 +310,7 @@ def read(
     CorruptionError
         For damage in the snapshot; in a log too unless `stop_at_damage`.
     """
-    total = sum(_sizes(directory, plan.files).values())
+    total = sum(file_sizes(directory, plan.files).values())
     counter = _Counter(total, progress)
     content = Content(
         plan, Columns.allocate(0, 0), 0, [], None, 0, total, None, [], None
@@ -327,17 +330,6 @@ def read(
             content.columns = reader.read_merged(run, threads, counter.add)
     counter.add(total)
     return content
-
-
-def _sizes(
-    directory: DirectoryProtocol, names: Iterable[FileName]
-) -> dict[FileName, int]:
-    """Return the sizes of files in bytes, one open at a time: there may be many."""
-    sizes = {}
-    for name in names:
-        with contextlib.closing(directory.open(str(name))) as file:
-            sizes[name] = file.size()
-    return sizes
 
 
 @contextlib.contextmanager
@@ -367,44 +359,48 @@ def _read_logs(
     stop_at_damage: bool,
 ) -> list[Columns]:
     logs = content.plan.logs
-    parts: list[Columns] = []
-    for i, (name, header) in enumerate(logs):
-        bound = logs[i + 1][1].sequence if i + 1 < len(logs) else None
-        with contextlib.closing(directory.open(str(name))) as file:
-            is_durable = bound is not None or (settle_log and ends_sealed(file, header))
-            if settle_log and not is_durable:
-                file.sync()
-                file.drop_cache()
-            log = read_log(
-                file,
-                header,
-                bound=bound,
-                mapped=is_durable,
-                threads=threads,
-                on_bytes=counter.add,
-            )
-            size = file.size()
-        parts += log.parts
-        log.parts = []
+
+    def prepare(header: FileHeader, bound: int | None, file: FileProtocol) -> LogFile:
+        is_durable = bound is not None or (settle_log and ends_sealed(file, header))
+        if settle_log and not is_durable:
+            file.sync()
+            file.drop_cache()
+        return LogFile(file, header, bound, is_mapped=is_durable)
+
+    bounds = [*(header.sequence for _, header in logs[1:]), None]
+    contents, parts = read_logs(
+        (
+            open_log(directory, name, functools.partial(prepare, header, bound))
+            for (name, header), bound in zip(logs, bounds, strict=False)
+        ),
+        sum(file_sizes(directory, [name for name, _ in logs]).values()),
+        threads=threads,
+        on_bytes=counter.add,
+    )
+    for (name, _), log in zip(logs, contents, strict=False):
         content.sequence = log.sequence - 1
-        content.logs.append((name, log, size))
-        if log.damage is None:
-            continue
+        content.logs.append((name, log, log.size))
+    if contents and contents[-1].damage is not None:
         if not stop_at_damage:
             if content.snapshot is not None:
                 # The first damage is told, not the last.
                 content.snapshot.read_all(threads, counter.add)
-            raise log.damage
-        content.damage = log.damage
-        behind = [later for later, _ in logs[i + 1 :]]
-        if log.n_batches:
-            content.damaged_log = name
-        else:
-            behind.insert(0, name)
-            content.logs.pop()
-        content.set_aside = [*behind, *content.set_aside]
-        break
+            raise contents[-1].damage
+        _stop_at_damage(content)
     return parts
+
+
+def _stop_at_damage(content: Content) -> None:
+    """Set aside what lies at or behind the damage in the last log that was read."""
+    name, log, _ = content.logs[-1]
+    content.damage = log.damage
+    behind = [later for later, _ in content.plan.logs[len(content.logs) :]]
+    if log.n_batches:
+        content.damaged_log = name
+    else:
+        behind.insert(0, name)
+        content.logs.pop()
+    content.set_aside = [*behind, *content.set_aside]
 
 
 # ---- act ----
@@ -618,7 +614,7 @@ def inspect(
     """
     started = time.perf_counter()
     listing = parse_listing(directory.names())
-    sizes = _sizes(directory, (*listing.snapshots, *listing.logs))
+    sizes = file_sizes(directory, (*listing.snapshots, *listing.logs))
     try:
         headers = read_headers(directory, listing)
     except FormatVersionError as error:

@@ -1,12 +1,13 @@
 """Logs are read in windows; where a window ends must not matter."""
 
 import dataclasses
+import errno
 
 import numpy as np
 import pytest
 
 from disk import Disk, Operation
-from metastore import MetadataStore, log
+from metastore import CorruptionError, MetadataStore, log, recovery
 from metastore.directory import Directory
 from metastore.format import FileHeader, size_without_zeros
 from simulated import SimulatedDirectory
@@ -53,6 +54,98 @@ def test_window_frames_do_not_matter(tmp_path, monkeypatch, window_frames):
     store, recovered = MetadataStore.recover(tmp_path)
     store.shutdown()
     assert list(recovered) == [(key, key + 1, b"") for key in range(15)]
+
+
+_N_LOGS = 30
+#: Of a batch of one record: header, key, value and length, padded.
+_FRAME_SIZE = 48 + 24
+
+
+def several_logs() -> Disk:
+    """Logs of two batches each; a key is written by every log that it divides."""
+    disk = Disk()
+    for number in range(1, _N_LOGS + 1):
+        store, _ = MetadataStore._recover_in(SimulatedDirectory(disk), inline=True)
+        for key in (1_000 + number, number % 7):
+            store.insert_batch([(key, (number, b""))])
+        store.shutdown()
+    return disk
+
+
+def state_after(n_batches: int) -> list[tuple[int, int, bytes]]:
+    """What the first so many batches of those logs leave."""
+    state = {}
+    for batch in range(n_batches):
+        number = batch // 2 + 1
+        state[number % 7 if batch % 2 else 1_000 + number] = number
+    return [(key, state[key], b"") for key in sorted(state)]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_logs_are_one_stream_of_work(threads):
+    """The last log that writes a key wins; and few logs are open at a time."""
+    disk = several_logs()
+    n_open = []
+    disk.before = lambda operation: n_open.append(len(disk.opened))
+    store, recovered = MetadataStore._recover_in(
+        SimulatedDirectory(disk), inline=True, threads=threads
+    )
+    assert list(recovered) == state_after(2 * _N_LOGS)
+    assert recovered.report.n_batches == 2 * _N_LOGS
+    store.shutdown()
+    assert disk.opened == []
+    assert 0 < max(n_open) <= 2 * threads + 4
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("offset", [8, 56], ids=["header", "payload"])
+@pytest.mark.parametrize("second", [False, True])
+def test_nothing_behind_damage_is_kept(threads, offset, second):
+    """The logs behind a damaged one were scanned already, and had their places.
+
+    Their records once came with those of the prefix: found by the fuzzer, in the hour
+    in which logs became one stream.
+    """
+    image = several_logs().live_image()
+    damaged = 11
+    name = f"log_{damaged:016x}"
+    data = bytearray(image[name])
+    data[64 + _FRAME_SIZE * second + offset] ^= 1
+    disk = Disk({**image, name: bytes(data)})
+    with pytest.raises(CorruptionError) as raised:
+        MetadataStore._recover_in(
+            SimulatedDirectory(disk), inline=True, threads=threads
+        )
+    assert disk.opened == []
+    assert raised.value.path.endswith(name)
+    assert raised.value.offset == 64 + _FRAME_SIZE * second
+    store, recovered = MetadataStore._recover_in(
+        SimulatedDirectory(disk), inline=True, threads=threads, on_damage="prefix"
+    )
+    store.shutdown()
+    assert disk.opened == []
+    assert list(recovered) == state_after(2 * (damaged - 1) + second)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_log_that_cannot_be_opened_leaves_none_open(threads, monkeypatch):
+    """Whichever it is, while those before it are decoded."""
+    disk = several_logs()
+    for number in (1, 2, 17, _N_LOGS):
+        open_log = log.open_log
+
+        def fail(directory, name, prepare, number=number, open_log=open_log):
+            if name.number == number:
+                raise OSError(errno.EMFILE, "too many open files", str(name))
+            return open_log(directory, name, prepare)
+
+        monkeypatch.setattr(recovery, "open_log", fail)
+        with pytest.raises(OSError, match="too many open files"):
+            MetadataStore._recover_in(
+                SimulatedDirectory(disk), inline=True, threads=threads
+            )
+        monkeypatch.undo()
+        assert disk.opened == []
 
 
 @pytest.mark.parametrize(
