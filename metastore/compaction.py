@@ -202,8 +202,7 @@ def compact(
         _write_jobs(writer, reader, run, level, threads, pace)
         writer.finish()
         # Nothing is removed before what contains it was read back.
-        written = _open_snapshot(directory, name, name.temporary)
-        written.check_payloads(threads, pace, writer.n_read_back())
+        _open_snapshot(directory, name, name.temporary).check_payloads(threads, pace)
         size = writer.publish()
     finally:
         writer.close()

@@ -58,8 +58,6 @@ _WRITE_SIZE = 1 << 20
 #: leave nothing to do meanwhile. A sync costs the same whatever its size, so there are
 #: fewer while nobody waits.
 _SYNC_SIZE = 16 << 20
-#: Bytes that are read back at a time, while the next are written.
-_READ_BACK_SIZE = 4 << 20
 #: Both while commits come, and the least of a piece: a block is then two, as a rule.
 #: A commit may wait for a piece that the device has; shorter ones come more often.
 _GENTLE_SIZE = 320 << 10
@@ -347,18 +345,9 @@ class SnapshotReader:
             ahead.wait(self.block_range(block)[1])
             yield block
 
-    def check_payloads(
-        self, threads: int = 1, pace: Pace | None = None, first: int = 0
-    ) -> None:
-        """Read every block back and check its checksum, without decoding it.
-
-        Of those before `first`, which agreed with their headers, only the headers.
-        """
+    def check_payloads(self, threads: int = 1, pace: Pace | None = None) -> None:
+        """Read every block back and check its checksum, without decoding it."""
         pace = pace or Pace()
-        with scattered_reads(self.view):
-            for block in range(first):
-                self.check_header(block)
-                self._release(block)
 
         def check(first: int) -> None:
             for block in range(first, min(first + _CHECK_BLOCKS, self.n_blocks)):
@@ -373,7 +362,7 @@ class SnapshotReader:
                     )
                 self._release(block)
 
-        firsts = range(first, self.n_blocks, _CHECK_BLOCKS)
+        firsts = range(0, self.n_blocks, _CHECK_BLOCKS)
         checked = ordered_map(check, firsts, threads, pace.at_once, caller_works=True)
         with contextlib.closing(checked):
             for _ in checked:
@@ -482,8 +471,7 @@ class SnapshotWriter:
     sequence : int
         The last sequence that it will contain.
     threads : int
-        If there may be more than one, others sync and read back what was written while
-        this one goes on writing; they read nothing back while the pace is gentle.
+        If there may be more than one, another syncs while this one goes on writing.
     pace : Pace, optional
         Of the compaction: while it is gentle, less is written at once, and each piece
         synced; between two of them the writer rests.
@@ -509,12 +497,8 @@ class SnapshotWriter:
         self._written = 0
         self._synced = 0
         self._file = directory.create(name.temporary)
-        # One of its two threads syncs, the other reads back.
-        self._pool = ThreadPoolExecutor(2, "metastore-sync") if threads > 1 else None
+        self._pool = ThreadPoolExecutor(1, "metastore-sync") if threads > 1 else None
         self._syncing: Future[None] | None = None
-        #: How many blocks were read back, and where the last of them ends.
-        self._read_back = 0, FILE_HEADER_SIZE
-        self._reading_back: Future[tuple[int, int]] | None = None
         self._is_finished = False
         header = FileHeader("snapshot", store_id, name.number, sequence, time.time_ns())
         self._put(header.pack())
@@ -560,40 +544,6 @@ class SnapshotWriter:
             self._syncing.result()
         self._syncing = submit(self._pool, lambda file: file.sync(), self._file)
 
-    def _read_back_so_far(self) -> None:
-        """Have another thread read back what was written, if it is not at it still."""
-        if self._pool is None or self._pace.is_gentle:
-            return
-        if self._reading_back is not None and self._reading_back.done():
-            self.n_read_back()
-        n_blocks, end = self._read_back
-        if self._reading_back is None and self._written - end >= _READ_BACK_SIZE:
-            part = self._file.view(), len(self._rows) - n_blocks
-            self._reading_back = submit(self._pool, self._and_next, part)
-
-    def _and_next(self, part: tuple[memoryview, int]) -> tuple[int, int]:
-        """Return what was read back, and the next blocks with it if they agree."""
-        view, n_next = part
-        n_blocks, start = self._read_back
-        table = new_table(1)  # no header is touched long before what follows it
-        for block in range(n_blocks, n_blocks + n_next):
-            n, end, _ = _codec.scan_frames(view, start, self._seed, 0, table, True)
-            if n == 0 or not _codec.check_payload(view, table[0]):
-                return block, start  # the last look meets it again, and raises
-            release_pages(view, start, end)
-            start = end
-        return n_blocks + n_next, start
-
-    def n_read_back(self) -> int:
-        """Return how many of the first blocks were read back while others followed.
-
-        Each agrees with its header; with the index the header has to be compared still.
-        """
-        if self._reading_back is not None:
-            self._read_back = self._reading_back.result()
-            self._reading_back = None
-        return self._read_back[0]
-
     def put_block(self, columns: Columns, frame: bytearray) -> None:
         """Append a block that :func:`frames.encode_block` made of `columns`."""
         _codec.finish_frame(frame, self._seed, 0, 0)
@@ -606,7 +556,6 @@ class SnapshotWriter:
         row["header_checksum"] = int.from_bytes(frame[:4], "little")
         self._rows.append(row)
         self._put(frame)
-        self._read_back_so_far()
 
     def encode_and_put(self, columns: Columns, level: int) -> None:
         """Encode and append one block."""
@@ -624,7 +573,6 @@ class SnapshotWriter:
             self._put(reader.view[offset:stop])
             self._write_pending()
             release_pages(reader.view, offset, stop)
-        self._read_back_so_far()
 
     def finish(self) -> None:
         """Write index and trailer; with several threads the last sync only begins."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import os
@@ -13,17 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metastore import MetadataStore, StoreFailedError, compaction, log, snapshot
-from metastore.columns import Columns
-from metastore.compaction import plan_jobs
-from metastore.directory import Directory, File, FileName
-from metastore.errors import CorruptionError
-from metastore.format import (
-    FILE_HEADER_SIZE,
-    FRAME_HEADER_SIZE,
-    INDEX_DTYPE,
-    FileHeader,
+from metastore import (
+    CorruptionError,
+    MetadataStore,
+    StoreFailedError,
+    compaction,
+    log,
+    snapshot,
 )
+from metastore.compaction import plan_jobs
+from metastore.directory import File
+from metastore.format import BLOCK_RECORDS_TARGET, INDEX_DTYPE
 from metastore.pace import Pace
 
 TARGET = 8
@@ -242,6 +241,43 @@ def test_logs_are_read_gently_too(tmp_path, monkeypatch, threads):
     assert sum(before_snapshot) >= 10
 
 
+def test_what_changes_while_the_rest_is_written_is_not_published(tmp_path, monkeypatch):
+    """A block long written, of a snapshot as large as real ones, at their sizes.
+
+    For two days blocks were read back while the next were written, and not again: then
+    a change behind that was published, and the logs that held the data were removed.
+    """
+    monkeypatch.setattr(compaction, "BLOCK_RECORDS_TARGET", BLOCK_RECORDS_TARGET)
+    monkeypatch.setattr(snapshot, "BLOCK_RECORDS_TARGET", BLOCK_RECORDS_TARGET)
+    store, _ = MetadataStore.recover(tmp_path, threads=2, log_size_bytes_min=1 << 30)
+    keys = np.arange(1_000_000, dtype=np.uint64)
+    values = np.random.default_rng(1).integers(1, 2**63, len(keys), dtype=np.uint64)
+    store.insert_arrays(keys, values, sync=False)
+    write = File.write
+    flipped = []
+
+    def write_and_flip(file, buffers, offset):
+        write(file, buffers, offset)
+        is_snapshot = os.path.basename(file.path).startswith("snapshot_")
+        if is_snapshot and file.size() > 7 << 20 and not flipped:
+            at = 64 + 48 + 100  # in the payload of the first block
+            (byte,) = bytes(file.read(at, 1))
+            os.pwrite(file.descriptor, bytes([byte ^ 4]), at)
+            flipped.append(at)
+
+    monkeypatch.setattr(File, "write", write_and_flip)
+    with pytest.raises(StoreFailedError) as raised:
+        store.compact()
+    assert isinstance(raised.value.__cause__, CorruptionError)
+    assert raised.value.__cause__.offset == 64
+    assert flipped
+    store.shutdown()
+    monkeypatch.undo()
+    store, recovered = MetadataStore.recover(tmp_path)
+    store.shutdown()
+    assert np.array_equal(recovered.values, values)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("where", [0.0, 0.3, 0.7, 1.0])
 def test_a_snapshot_that_reads_back_differently_is_not_published(
@@ -297,122 +333,3 @@ def _sync_inline(writer):
     """Sync in this thread, so that what follows meets what the sync has done."""
     writer._synced = writer._written
     writer._file.sync()
-
-
-def test_a_block_that_was_written_wrong_is_not_counted_as_read_back(
-    tmp_path, monkeypatch
-):
-    """Blocks are read back while others are written: the last look begins behind them.
-
-    One that does not agree must be met by that look, which names it, and ends all.
-    """
-    monkeypatch.setattr(snapshot, "_WRITE_SIZE", 1)
-    monkeypatch.setattr(snapshot, "_READ_BACK_SIZE", 1)
-    store = ten_blocks(tmp_path, 2)
-    write = File.write
-    places = []
-    counts = []
-
-    def write_the_fifth_wrong(file, buffers, offset):
-        write(file, buffers, offset)
-        if "snapshot" in file.path:
-            places.append(offset)
-            if len(places) == 6:  # the first is the header of the file
-                at = offset + FRAME_HEADER_SIZE + 1
-                (byte,) = bytes(file.read(at, 1))
-                os.pwrite(file.descriptor, bytes([byte ^ 4]), at)
-
-    class Writer(snapshot.SnapshotWriter):
-        def put_block(self, columns, frame):
-            super().put_block(columns, frame)
-            counts.append(self.n_read_back())  # when that has ended
-
-    monkeypatch.setattr(compaction, "SnapshotWriter", Writer)
-    monkeypatch.setattr(File, "write", write_the_fifth_wrong)
-    with pytest.raises(StoreFailedError) as raised:
-        store.compact()
-    store.shutdown()
-    monkeypatch.undo()
-    assert counts == [1, 2, 3, 4, 4, 4, 4, 4, 4, 4]
-    cause = raised.value.__cause__
-    assert isinstance(cause, CorruptionError)
-    assert cause.offset == places[5]
-    assert os.path.basename(cause.path) in os.listdir(tmp_path)  # as evidence
-    store, recovered = MetadataStore.recover(tmp_path)
-    store.shutdown()
-    assert len(recovered) == 10 * TARGET
-    assert recovered.report.snapshot is None
-
-
-class Gentle(Pace):
-    """Commits always come, and nobody rests."""
-
-    def begin(self, *, commits_come=False):
-        self.is_gentle = True
-
-    def rest(self):
-        pass
-
-
-def ten_blocks_written(directory, **options):
-    """Return a writer behind ten blocks, and how many it had read back by each."""
-    writer = snapshot.SnapshotWriter(
-        directory, FileName("snapshot", 1), b"s" * 16, 7, **options
-    )
-    counts = []
-    for start in range(0, 10 * TARGET, TARGET):
-        keys = np.arange(start, start + TARGET, dtype=np.uint64)
-        offsets = np.zeros(TARGET + 1, dtype=np.uint64)
-        data = np.zeros(0, dtype=np.uint8)
-        writer.encode_and_put(Columns(keys, keys + np.uint64(1), offsets, data), 1)
-        counts.append(writer.n_read_back())
-    return writer, counts
-
-
-@pytest.mark.parametrize(
-    ("options", "counts"),
-    [
-        ({"threads": 2}, list(range(1, 11))),
-        ({"threads": 2, "pace": Gentle()}, [0] * 10),  # it would be in the way
-        ({"threads": 1}, [0] * 10),
-    ],
-)
-def test_blocks_are_read_back_while_others_are_written(
-    tmp_path, monkeypatch, options, counts
-):
-    monkeypatch.setattr(snapshot, "_WRITE_SIZE", 1)
-    monkeypatch.setattr(snapshot, "_GENTLE_SIZE", 1)
-    monkeypatch.setattr(snapshot, "_READ_BACK_SIZE", 1)
-    directory = Directory.open_or_create(str(tmp_path))
-    writer, read_back = ten_blocks_written(directory, **options)
-    writer.publish()
-    directory.close()
-    assert read_back == counts
-
-
-@pytest.mark.parametrize("is_header", [True, False])
-def test_a_block_that_was_read_back_has_its_header_compared(
-    tmp_path, monkeypatch, is_header
-):
-    """The index is not there yet when a block is read back: it may say otherwise."""
-    monkeypatch.setattr(snapshot, "_WRITE_SIZE", 1)
-    monkeypatch.setattr(snapshot, "_READ_BACK_SIZE", 1)
-    directory = Directory.open_or_create(str(tmp_path))
-    writer, counts = ten_blocks_written(directory, threads=2)
-    writer.publish()
-    file = directory.open("snapshot_0000000000000001")
-    header = FileHeader.unpack(bytes(file.read(0, FILE_HEADER_SIZE)), "snapshot", 1, "")
-    reader = snapshot.SnapshotReader(file, header)
-    at, _ = reader.block_range(3)
-    with open(file.path, "r+b") as damaged:
-        damaged.seek(at + (0 if is_header else FRAME_HEADER_SIZE + 1))
-        (byte,) = damaged.read(1)
-        damaged.seek(-1, os.SEEK_CUR)
-        damaged.write(bytes([byte ^ 4]))
-    with pytest.raises(CorruptionError) as raised:
-        reader.check_payloads(2)
-    assert raised.value.offset == at
-    with pytest.raises(CorruptionError) if is_header else contextlib.nullcontext():
-        reader.check_payloads(2, None, counts[-1])
-    file.close()
-    directory.close()
