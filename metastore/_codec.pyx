@@ -1019,7 +1019,7 @@ def first_disorder(
         return -1
     with nogil:
         bad = values[0] == 0
-        for i in range(1, n):  # without a branch, so that it vectorises
+        for i in range(1, n):  # without a branch
             bad |= (keys[i] <= keys[i - 1]) | (values[i] == 0)
     if not bad:
         return -1

@@ -35,7 +35,7 @@ def is_increasing(const uint64_t[::1] keys not None):
     cdef Py_ssize_t i, start = 1
     cdef bint bad = False
     with nogil:
-        while start < n and not bad:  # in runs, which the compiler vectorises
+        while start < n and not bad:  # in runs without a branch
             for i in range(start, min(start + INCREASING_RUN, n)):
                 bad |= keys[i] <= keys[i - 1]
             start += INCREASING_RUN
