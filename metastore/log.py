@@ -258,7 +258,11 @@ class _Extents:
         limit = _EXTENT_SIZE_PER_BYTE * self._left
         n_records = max(n, min(int(n * share) + 1, limit // _RECORD_SIZE))
         user_data_size = max(size, min(math.ceil(size * share), limit))
-        self._extents.append(Columns.allocate(n_records, user_data_size))
+        try:
+            extent = Columns.allocate(n_records, user_data_size)
+        except MemoryError:  # there may be room for what this window needs
+            extent = Columns.allocate(n, size)
+        self._extents.append(extent)
         self._taken.append((0, 0))
         self._kept.append((0, 0))
 
@@ -389,8 +393,9 @@ class _Reading:
         self._log.file.close()
 
 
-#: A window of a log and its place; or neither, behind the last one.
-_Item = tuple[_Reading, tuple[_Window, _Place] | None]
+#: A window of a log and its place; or neither, behind the last one; or None, where the
+#: next log could not be read.
+_Item = tuple[_Reading, tuple[_Window, _Place] | None] | None
 
 
 def read_logs(
@@ -420,15 +425,25 @@ def read_logs(
     Returns
     -------
     contents : list of LogContent
-        Up to the first log with damage, where a bad frame is not a torn tail.
+        Up to the first log with damage: with a bad frame that is no torn tail. An error
+        of a log behind that is not told.
     parts : list of Columns
         The records of all of them in order.
     """
     extents = _Extents(size)
     contents: list[LogContent] = []
     readings: deque[_Reading] = deque()
+    errors: list[OSError] = []  # taken out to be raised: a kept one keeps all columns
 
     def items() -> Iterator[_Item]:
+        try:
+            yield from windows()
+        except OSError as error:
+            errors.append(error)
+        if errors:
+            yield None
+
+    def windows() -> Iterator[_Item]:
         for log in logs:
             with contextlib.ExitStack() as undo:
                 undo.callback(log.file.close)
@@ -439,14 +454,16 @@ def read_logs(
                 yield reading, (window, extents.reserve(window))
             yield reading, None
 
-    def decode(item: _Item) -> tuple[_Item, int, int]:
-        _, job = item
-        return (item, *extents.decode(*job)) if job else (item, 0, 0)
+    def decode(item: _Item) -> tuple[_Reading, tuple[_Window, _Place] | None, int, int]:
+        if item is None:  # in its turn: damage in a log before it comes first
+            raise errors.pop()
+        reading, job = item
+        return (reading, job, *extents.decode(*job)) if job else (reading, job, 0, 0)
 
     try:
         decoded = ordered_map(decode, items(), threads, caller_works=True)
         with contextlib.closing(decoded):
-            for (reading, job), n, status in decoded:
+            for reading, job, n, status in decoded:
                 if job is None:
                     reading.content.end = reading.scan.stop
                     status = reading.scan.status
@@ -464,6 +481,7 @@ def read_logs(
                 if job is not None or reading.content.damage is not None:
                     break
     finally:
+        errors.clear()
         for reading in readings:
             reading.close()
     return contents, extents.parts()

@@ -1,5 +1,6 @@
 """Logs are read in windows; where a window ends must not matter."""
 
+import contextlib
 import dataclasses
 import errno
 
@@ -8,9 +9,10 @@ import pytest
 
 from disk import Disk, Operation
 from metastore import CorruptionError, MetadataStore, log, recovery
-from metastore.directory import Directory
+from metastore.columns import Columns
+from metastore.directory import Directory, FileName
 from metastore.format import FileHeader, size_without_zeros
-from simulated import SimulatedDirectory
+from simulated import SimulatedDirectory, SimulatedFile
 
 CALLS = ("sync", "drop_cache")
 
@@ -125,6 +127,70 @@ def test_nothing_behind_damage_is_kept(threads, offset, second):
     store.shutdown()
     assert disk.opened == []
     assert list(recovered) == state_after(2 * (damaged - 1) + second)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_damage_is_told_before_the_error_of_a_later_log(threads, monkeypatch):
+    """A medium that fails does so in several places; what precedes them is there.
+
+    The later log is looked at while the damaged one is decoded.
+    """
+    image = several_logs().live_image()
+    name = f"log_{11:016x}"
+    data = bytearray(image[name])
+    data[64 + 56] ^= 1
+    disk = Disk({**image, name: bytes(data)})
+    view = SimulatedFile.view
+
+    def fail(file):
+        if file.path.endswith(f"log_{12:016x}"):
+            raise OSError(errno.EIO, "input/output error", file.path)
+        return view(file)
+
+    monkeypatch.setattr(SimulatedFile, "view", fail)
+    with pytest.raises(CorruptionError, match=name):
+        MetadataStore._recover_in(
+            SimulatedDirectory(disk), inline=True, threads=threads
+        )
+    assert disk.opened == []
+    store, recovered = MetadataStore._recover_in(
+        SimulatedDirectory(disk), inline=True, threads=threads, on_damage="prefix"
+    )
+    store.shutdown()
+    assert list(recovered) == state_after(20)
+
+
+def test_a_log_is_read_where_there_is_no_room_for_what_it_may_need(
+    tmp_path, monkeypatch
+):
+    """Its first window promises more than there is; what follows needs less."""
+    store, _ = MetadataStore.recover(tmp_path)
+    for key in range(200):
+        store.insert_batch([(key, (key + 1, bytes(100)))])
+    store.shutdown()
+    allocate = Columns.allocate
+    refused = []
+
+    def allocate_little(n_records, user_data_size):
+        if n_records > 100:
+            refused.append(n_records)
+            raise MemoryError
+        return allocate(n_records, user_data_size)
+
+    monkeypatch.setattr(log.Columns, "allocate", allocate_little)
+    monkeypatch.setattr(log, "_WINDOW_SIZE", 2_000)
+    directory = Directory.open_existing(str(tmp_path))
+    name = FileName("log", 1)
+    with (
+        contextlib.closing(directory),
+        contextlib.closing(directory.open(str(name))) as file,
+    ):
+        header = FileHeader.unpack(bytes(file.read(0, 64)), "log", 1, file.path)
+        one = log.LogFile(file, header, None, is_mapped=True)
+        contents, parts = log.read_logs([one], file.size())
+    assert refused
+    assert contents[0].n_batches == 200
+    assert sum(map(len, parts)) == 200
 
 
 @pytest.mark.parametrize("threads", [1, 2])
