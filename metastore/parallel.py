@@ -12,6 +12,8 @@ __all__ = ["default_threads", "map_at_once", "ordered_map", "submit"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+#: Items, each held until somebody begins it, and their futures.
+_UnderWay = deque[tuple[list[Item], Future[Result]]]
 
 
 def default_threads() -> int:
@@ -48,20 +50,22 @@ def ordered_map(
         return
     workers = threads - caller_works
     with ThreadPoolExecutor(workers, thread_name_prefix="metastore") as pool:
-        under_way: deque[tuple[Item, Future[Result]]] = deque()
+        under_way: _UnderWay[Item, Result] = deque()
 
         def first_result() -> Result:
-            item, future = under_way.popleft()
+            held, future = under_way.popleft()
             try:
                 if caller_works and future.cancel():
-                    return function(item)
+                    return function(held.pop())
                 return future.result()
             finally:
                 del future
 
         try:
             for item in items:
-                under_way.append((item, submit(pool, function, item)))
+                held = [item]
+                del item
+                under_way.append((held, _submit(pool, function, held)))
                 if caller_works and _n_waiting(under_way) > 2 * workers:
                     _help(under_way, function)
                 while len(under_way) >= at_once(threads):
@@ -74,17 +78,17 @@ def ordered_map(
                 future.cancel()
 
 
-def _n_waiting(under_way: deque[tuple[Item, Future[Result]]]) -> int:
+def _n_waiting(under_way: _UnderWay[Item, Result]) -> int:
     return sum(not future.done() for _, future in under_way)
 
 
 def _help(
-    under_way: deque[tuple[Item, Future[Result]]], function: Callable[[Item], Result]
+    under_way: _UnderWay[Item, Result], function: Callable[[Item], Result]
 ) -> None:
     """Do the first item that nobody has begun; an error of it waits for its turn."""
-    for n, (item, future) in enumerate(under_way):
+    for n, (held, future) in enumerate(under_way):
         if future.cancel():
-            under_way[n] = item, _done(function, item)
+            under_way[n] = held, _done(function, held.pop())
             return
 
 
@@ -116,12 +120,23 @@ def submit(
     The pool may queue an item, then fail to start a thread for it, and have another
     thread do it later: so the future is ours, and who begins it first does it alone.
     """
+    return _submit(pool, function, [item])
+
+
+def _submit(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], held: list[Item]
+) -> Future[Result]:
+    """Do the same; who begins the item takes it out of `held`.
+
+    What was queued stays in the queue until a thread looks at it, which may never be:
+    an item in it, with a map and its descriptor, must not.
+    """
     future: Future[Result] = Future()
     try:
-        pool.submit(_run, [future], function, item)
+        pool.submit(_run, [future], function, held)
     except RuntimeError:  # too many threads, or the interpreter exits
         if future.cancel():
-            return _done(function, item)
+            return _done(function, held.pop())
     return future
 
 
@@ -131,12 +146,12 @@ def submit(
 
 
 def _run(
-    futures: list[Future[Result]], function: Callable[[Item], Result], item: Item
+    futures: list[Future[Result]], function: Callable[[Item], Result], held: list[Item]
 ) -> None:
     future = futures.pop()
     try:
         if future.set_running_or_notify_cancel():
-            _do(future, function, item, BaseException)
+            _do(future, function, held.pop(), BaseException)
     finally:
         del future
 

@@ -23,6 +23,9 @@ import pytest
 from disk import Disk
 from metastore import MetadataStore, StoreFailedError, StoreLockedError, compaction
 from metastore import engine as engine_module
+from metastore import log as log_module
+from metastore import recovery as recovery_module
+from metastore.directory import Directory
 from test_errors import fail
 from verbs import child, logs, numbered, read, recover_on, run, snapshots, states, write
 
@@ -358,6 +361,38 @@ def test_a_store_of_many_small_logs_opens(db):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert found == {key: (key, b"") for key in range(1, 101)}
+
+
+def test_a_store_of_many_small_logs_opens_without_a_thread(db, monkeypatch):
+    """What a thread was to do, and the caller did, kept a map of its log in the queue.
+
+    A map has a descriptor of its own. So it was, too, if the other thread only came
+    late: in one run of the tests, beside a second one.
+    """
+
+    def no_thread(thread):
+        raise RuntimeError("can't start new thread")
+
+    for key in range(1, 101):
+        write(db, [[(key, (key, b""))]], log_size_bytes_min=1 << 20)
+    most = []
+    prepare = log_module.open_log
+
+    def count(*arguments):
+        most.append(len(os.listdir("/proc/self/fd")))
+        return prepare(*arguments)
+
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("the system does not list descriptors")
+    directory = Directory.open_existing(str(db))
+    monkeypatch.setattr(recovery_module, "open_log", count)
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    found = recovery_module.inspect(directory, threads=2).recovered
+    monkeypatch.undo()
+    directory.close()
+    assert len(found) == 100
+    assert len(most) == 100
+    assert max(most) - min(most) < 20
 
 
 def test_many_small_logs_are_compacted(db, monkeypatch):
