@@ -310,7 +310,8 @@ def read(
     CorruptionError
         For damage in the snapshot; in a log too unless `stop_at_damage`.
     """
-    total = sum(file_sizes(directory, plan.files).values())
+    sizes = file_sizes(directory, plan.files)
+    total = sum(sizes.values())
     counter = _Counter(total, progress)
     content = Content(
         plan, Columns.allocate(0, 0), 0, [], None, 0, total, None, [], None
@@ -319,7 +320,7 @@ def read(
     content.set_aside = list(plan.set_aside)
     with _open_snapshot(directory, content) as reader:
         parts = _read_logs(
-            directory, content, threads, counter, settle_log, stop_at_damage
+            directory, content, sizes, threads, counter, settle_log, stop_at_damage
         )
         run = sort_last_wins(concatenate(parts), threads, reuse=True)
         if reader is None:
@@ -353,6 +354,7 @@ def _open_snapshot(
 def _read_logs(
     directory: DirectoryProtocol,
     content: Content,
+    sizes: Mapping[FileName, int],
     threads: int,
     counter: _Counter,
     settle_log: bool,
@@ -373,7 +375,7 @@ def _read_logs(
             open_log(directory, name, functools.partial(prepare, header, bound))
             for (name, header), bound in zip(logs, bounds, strict=False)
         ),
-        sum(file_sizes(directory, [name for name, _ in logs]).values()),
+        sum(sizes[name] for name, _ in logs),
         threads=threads,
         on_bytes=counter.add,
     )
