@@ -157,7 +157,7 @@ class Engine:
         #: Sealed logs that wait for a compaction, and those that one has in hand.
         self._sealed = [
             _SealedLog(name, log.sequence - log.n_batches, log.end - FILE_HEADER_SIZE)
-            for name, log, _ in content.logs
+            for name, log in content.logs
             if log.n_batches
         ]
         self._compacting: list[_SealedLog] = []

@@ -401,19 +401,19 @@ def _check_snapshot(name: FileName, size: int, reader: SnapshotReader) -> FileCh
     return FileCheck(name, size, checked, None, reader.n_records, None)
 
 
-def _check_log(name: FileName, size: int, log: LogContent) -> FileCheck:
+def _check_log(name: FileName, log: LogContent) -> FileCheck:
     first, last = log.sequence - log.n_batches, log.sequence - 1
     which = f"batches {first:,} to {last:,}" if log.n_batches else "no batches"
     end = "sealed" if log.is_sealed else "not sealed"
     checked = f"header and every frame: {which}, {end}"
     if log.torn_size:
         checked += f"; torn tail of {log.torn_size:,} bytes at offset {log.end}"
-    return FileCheck(name, size, checked, log.n_batches, None, log.damage)
+    return FileCheck(name, log.size, checked, log.n_batches, None, log.damage)
 
 
 def _checks_read(content: Content) -> dict[FileName, FileCheck]:
     """Describe the files of a store that was read as a whole."""
-    checks = {name: _check_log(name, size, log) for name, log, size in content.logs}
+    checks = {name: _check_log(name, log) for name, log in content.logs}
     name, reader = content.plan.snapshot, content.snapshot
     if name is not None and reader is not None:
         checks[name] = _check_snapshot(name, reader.size, reader)
@@ -435,7 +435,7 @@ def _check_alone(
         if name.kind == "log":
             log = LogFile(file, header, bound, is_mapped=bound is not None)
             contents, _ = read_logs([log], size, threads=threads)
-            check = _check_log(name, size, contents[0])
+            check = _check_log(name, contents[0])
         else:
             check = _check_snapshot_alone(name, size, file, header, threads)
     if check.damage is None:

@@ -228,8 +228,8 @@ class Content:
     columns: Columns
     #: Sequence of the last batch; 0 in an empty store.
     sequence: int
-    #: Per log of the plan that was read: its content (without the records) and size.
-    logs: list[tuple[FileName, LogContent, int]]
+    #: The logs of the plan that were read, with their contents but for the records.
+    logs: list[tuple[FileName, LogContent]]
     snapshot: SnapshotReader | None
     n_blocks: int
     bytes_read: int
@@ -244,7 +244,7 @@ class Content:
         """Name, offset and size of the torn tail."""
         if not self.logs or not self.logs[-1][1].torn_size:
             return None
-        name, log, _ = self.logs[-1]
+        name, log = self.logs[-1]
         return name, log.end, log.torn_size
 
     @property
@@ -252,7 +252,7 @@ class Content:
         """Logs that were read whole and hold nothing."""
         return [
             name
-            for name, log, _ in self.logs
+            for name, log in self.logs
             if log.n_batches == 0 and not log.torn_size and log.damage is None
         ]
 
@@ -260,7 +260,7 @@ class Content:
     def ends_sealed(self) -> bool:
         """Whether the newest log that stays needs no later one as its bound."""
         empty = self.empty_logs
-        kept = [log for name, log, _ in self.logs if name not in empty]
+        kept = [log for name, log in self.logs if name not in empty]
         return not kept or (kept[-1].is_sealed and kept[-1].damage is None)
 
 
@@ -381,7 +381,7 @@ def _read_logs(
     )
     for (name, _), log in zip(logs, contents, strict=False):
         content.sequence = log.sequence - 1
-        content.logs.append((name, log, log.size))
+        content.logs.append((name, log))
     if contents and contents[-1].damage is not None:
         if not stop_at_damage:
             if content.snapshot is not None:
@@ -394,7 +394,7 @@ def _read_logs(
 
 def _stop_at_damage(content: Content) -> None:
     """Set aside what lies at or behind the damage in the last log that was read."""
-    name, log, _ = content.logs[-1]
+    name, log = content.logs[-1]
     content.damage = log.damage
     behind = [later for later, _ in content.plan.logs[len(content.logs) :]]
     if log.n_batches:
@@ -514,12 +514,12 @@ def make_report(
     seconds: float,
 ) -> RecoveryReport:
     """Return the report of a recovery."""
-    n_batches = sum(log.n_batches for _, log, _ in content.logs)
+    n_batches = sum(log.n_batches for _, log in content.logs)
     torn = content.torn
     return RecoveryReport(
         path=directory.path,
         snapshot=str(content.plan.snapshot) if content.plan.snapshot else None,
-        logs=tuple(str(name) for name, _, _ in content.logs),
+        logs=tuple(str(name) for name, _ in content.logs),
         n_frames=n_batches + content.n_blocks,
         n_batches=n_batches,
         n_records=len(content.columns),

@@ -150,7 +150,7 @@ def a_sequence_is_reused_before_old_frames() -> Iterator[None]:
             found.append(content.logs.pop())
         return settle(directory, content)
 
-    found: list[tuple[FileName, log.LogContent, int]] = []
+    found: list[tuple[FileName, log.LogContent]] = []
 
     def go_on(
         directory: SimulatedDirectory,
@@ -161,7 +161,7 @@ def a_sequence_is_reused_before_old_frames() -> Iterator[None]:
     ) -> log.LogWriter:
         if not found or prepared is not None:
             return writer(directory, name, store_id, sequence, prepared)
-        name, old, size = found.pop()
+        name, old = found.pop()
         file = directory._file_at(str(name))
         new = object.__new__(writer)
         new.name = name
@@ -169,7 +169,7 @@ def a_sequence_is_reused_before_old_frames() -> Iterator[None]:
         new._file = directory._handle(file, str(name), writable=True)
         seed = log.log_seed(store_id, name.number)
         file_path = str(name)
-        new.tail = _commit.Tail(new._file, file_path, seed, sequence, old.end, size)
+        new.tail = _commit.Tail(new._file, file_path, seed, sequence, old.end, old.size)
         return new
 
     with (
