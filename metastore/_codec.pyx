@@ -626,7 +626,7 @@ cdef int _ends_of(
 cdef int _decode_plain(const uint8_t* payload, Row* row, Target* to) noexcept nogil:
     cdef Py_ssize_t n = row.n_records
     if n == 0:
-        return OK
+        return BAD_LENGTHS if row.user_data_size else OK
     if n == 1 and row.user_data_size == 8:  # a common frame, without calls
         ms_store_u64(to.keys, ms_load_u64(payload))
         ms_store_u64(to.values, ms_load_u64(payload + 8))

@@ -1011,6 +1011,27 @@ def test_find_durable_agrees_with_the_oracle() -> None:
                     assert oracle.get_field(part, found, "durable") >= sequence
 
 
+def test_user_data_without_a_record_is_refused(tmp_path: Path) -> None:
+    """It was accepted, and moved the user data of the records behind it.
+
+    Found by Hypothesis, with valid checksums: no lengths add up to a byte. The byte
+    was not even read: what lay in memory became the first of the next record's.
+    """
+    nothing = oracle.Payload(oracle.PLAIN, 0, 1, b"\0")
+    assert oracle_reads(batch_frame(nothing)) is None
+    assert metastore_reads(batch_frame(nothing)) is None
+    behind = oracle.pack_frame(
+        LOG.seed,
+        oracle.BATCH,
+        oracle.pack_plain([(1, 2, b"data")]),
+        sequence=SEQUENCE + 1,
+        durable=SEQUENCE,
+    )
+    files = open_log(batch_frame(nothing), behind)
+    assert oracle_outcome(files) == "corrupt"
+    assert metastore_outcome(files, tmp_path / "db") == "corrupt"
+
+
 # Ends that nobody asked for
 
 
