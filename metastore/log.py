@@ -273,10 +273,13 @@ class _Extents:
         )
         return decode_into(window.data, window.table, target, place.data_start)
 
-    def keep(self, place: _Place, table: Table) -> None:
-        """Keep the frames of `table` in the window at `place`; called in order."""
-        n, size = _codec.totals(table)
-        self._kept[place.extent] = place.start + n, place.data_start + size
+    def keep(self, place: _Place, table: Table, n_valid: int) -> None:
+        """Keep the first frames of the window at `place`; called in order."""
+        end = place.stop, place.data_stop
+        if n_valid < len(table):
+            n, size = _codec.totals(table[:n_valid])
+            end = place.start + n, place.data_start + size
+        self._kept[place.extent] = end
 
     def parts(self) -> list[Columns]:
         """Return what was kept."""
@@ -470,7 +473,7 @@ def read_logs(
                     reading.content.is_sealed = status == _codec.SCAN_SEALED
                 else:
                     window, place = job
-                    extents.keep(place, window.table[:n])
+                    extents.keep(place, window.table, n)
                     if reading.take(window, n):
                         if on_bytes:
                             on_bytes(len(window.data))
