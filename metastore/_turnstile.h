@@ -30,8 +30,12 @@ static void ms_turn_end(void) {}
 #define MS_TURN_MAX 10000
 /* One whose owner asks for the GIL that long is nobody's: it is of before a fork. */
 #define MS_ASKING_MAX 20000000
-/* Nobody waits for longer: somebody else keeps the GIL. */
-#define MS_AWAIT_MAX 200000
+/* Somebody else keeps the GIL if one turn is seen to last that long: then to sleep before
+ * it is better. It has to be seen twice, since the time alone also passes in the queue
+ * for a processor. */
+#define MS_STUCK_MAX 20000
+/* Nobody waits for longer: as long as the interpreter lets a thread keep the GIL. */
+#define MS_AWAIT_MAX 5000000
 
 /* When it began, in even numbers; odd as long as its owner asks; 0: nobody's. */
 static _Atomic uint64_t ms_turn;
@@ -50,15 +54,21 @@ static int ms_turn_is_free(uint64_t turn, uint64_t now) {
 
 /* Return when this thread is to ask for the GIL. */
 static void ms_turn_await(void) {
-    uint64_t begin = ms_even_clock(), now = begin;
+    uint64_t begin = ms_even_clock(), now = begin, seen = 0, seen_since = begin;
     do {
         uint64_t turn = atomic_load(&ms_turn);
-        if (!ms_turn_is_free(turn, now)) {
-            sched_yield();
-        } else if (atomic_compare_exchange_strong(&ms_turn, &turn, now | 1)) {
-            ms_own_turn = now | 1;
+        if (ms_turn_is_free(turn, now)) {
+            if (atomic_compare_exchange_strong(&ms_turn, &turn, now | 1)) {
+                ms_own_turn = now | 1;
+                return;
+            }
+        } else if (turn != seen) {
+            seen = turn;
+            seen_since = now;
+        } else if (now - seen_since > MS_STUCK_MAX) {
             return;
         }
+        sched_yield();
         now = ms_even_clock();
     } while (now - begin < MS_AWAIT_MAX);
 }
