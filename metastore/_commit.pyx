@@ -2,7 +2,8 @@
 
 A request joins the queue. Whoever finds no leader leads: it takes the queue, numbers
 its frames, writes them with one call, syncs once, hands the lead to the first that
-waits by then, and lets its group go.
+waits by then, and lets its group go. While many wait it goes on itself, for some
+groups.
 
 This is in C since a sync lasts as long as thousands of bytecodes: neither to wait nor
 to wake nor to write takes the GIL, so a thread that keeps it delays nobody's write. It
@@ -25,6 +26,14 @@ cdef extern from "_kernels.h" nogil:
     void ms_finish_frame(
         uint8_t* frame, uint32_t seed, uint64_t sequence, uint64_t durable
     )
+
+# These are semaphores, and need no GIL.
+cdef extern from "pythread.h" nogil:
+    ctypedef void* PyThread_type_lock
+    PyThread_type_lock PyThread_allocate_lock()
+    void PyThread_free_lock(PyThread_type_lock)
+    int PyThread_acquire_lock(PyThread_type_lock, int)
+    void PyThread_release_lock(PyThread_type_lock)
 
 cdef extern from "_turnstile.h" nogil:
     void ms_turn_await()
@@ -61,8 +70,6 @@ cdef extern from * nogil:
     """
     ctypedef struct pthread_mutex_t:
         pass
-    ctypedef struct pthread_cond_t:
-        pass
     struct iovec:
         void* iov_base
         size_t iov_len
@@ -70,10 +77,6 @@ cdef extern from * nogil:
     int pthread_mutex_destroy(pthread_mutex_t*)
     int pthread_mutex_lock(pthread_mutex_t*)
     int pthread_mutex_unlock(pthread_mutex_t*)
-    int pthread_cond_init(pthread_cond_t*, void*)
-    int pthread_cond_destroy(pthread_cond_t*)
-    int pthread_cond_signal(pthread_cond_t*)
-    int pthread_cond_wait(pthread_cond_t*, pthread_mutex_t*)
     ssize_t pwritev(int, const iovec*, int, long long)
     int ms_sync(int)
     void ms_begin_sync(int, long long, size_t)
@@ -92,6 +95,10 @@ cdef enum:
     PIECE_SIZE = 512 << 10
     # Frames of one write: with the zeros fewer than the 1,024 that Linux takes.
     GROUP_MAX = 1000
+    # With so many waiting the leader goes on to lead, up to so many groups: to wake an
+    # heir among them takes as long as a sync. What many wait for few have to do.
+    MANY_WAITING = 16
+    LEAD_MAX = 8
     # In place of an errno: a method of the file has raised; nothing was tried, since
     # nothing may be written any more; all is written, but the log has to rotate; the
     # log has its end frame, and what were written behind it would never be read.
@@ -308,9 +315,8 @@ cdef enum State:
 
 cdef struct Request:
     # One caller's part of a group. Requests are used again, and freed with the queue:
-    # who wakes one may still hold its mutex when its owner has gone on.
-    pthread_mutex_t mutex
-    pthread_cond_t changed
+    # who wakes one may still be about it when its owner has gone on.
+    PyThread_type_lock told  # kept; released by who has changed the state of another's
     State state
     iovec frame             # of no size: nothing to write
     bint sync
@@ -378,8 +384,7 @@ cdef class GroupCommit:
         cdef Request* request = self._all
         while request != NULL:
             self._all = request.other
-            pthread_cond_destroy(&request.changed)
-            pthread_mutex_destroy(&request.mutex)
+            PyThread_free_lock(request.told)
             free(request)
             request = self._all
         pthread_mutex_destroy(&self._mutex)
@@ -422,7 +427,9 @@ cdef class GroupCommit:
                 ms_turn_end()
                 self._join(request)
                 if request.state == LEADING:
-                    left = self._lead(&group)
+                    left = self._lead(request, &group)
+                else:
+                    _let_go(request.next, request.state)  # who was left to us
                 ms_turn_await()
             ms_turn_begin()
             if left:
@@ -478,8 +485,11 @@ cdef class GroupCommit:
         cdef Request* request = <Request*>calloc(1, sizeof(Request))
         if request == NULL:
             raise MemoryError
-        pthread_mutex_init(&request.mutex, NULL)
-        pthread_cond_init(&request.changed, NULL)
+        request.told = PyThread_allocate_lock()
+        if request.told == NULL:
+            free(request)
+            raise MemoryError
+        PyThread_acquire_lock(request.told, 1)
         pthread_mutex_lock(&self._mutex)
         request.other = self._all
         self._all = request
@@ -494,6 +504,7 @@ cdef class GroupCommit:
 
     cdef void _join(self, Request* request) noexcept nogil:
         """Queue a request; return when it leads, or another has done what it asks."""
+        cdef bint is_led
         pthread_mutex_lock(&self._mutex)
         if self._first == NULL:
             self._first = request
@@ -501,14 +512,13 @@ cdef class GroupCommit:
             self._last.next = request
         self._last = request
         self.n_waiting += 1
-        if not self._is_led:
-            self._is_led = True
-            request.state = LEADING
+        is_led = self._is_led
+        self._is_led = True
         pthread_mutex_unlock(&self._mutex)
-        pthread_mutex_lock(&request.mutex)
-        while request.state == WAITING:
-            pthread_cond_wait(&request.changed, &request.mutex)
-        pthread_mutex_unlock(&request.mutex)
+        if is_led:
+            PyThread_acquire_lock(request.told, 1)
+        else:
+            request.state = LEADING
 
     cdef Request* _take(self) noexcept nogil:
         """Take the leader, which is first, and who may be in its group."""
@@ -530,19 +540,44 @@ cdef class GroupCommit:
         pthread_mutex_unlock(&self._mutex)
         return leader
 
-    cdef int _lead(self, Request** group) noexcept nogil:
-        """Write a group; return what is left to do with the lead and the GIL, or 0."""
-        cdef int error
-        group[0] = self._take()
-        error = self._write(group[0])
-        if error:
-            return error
-        if self.tail.size > self.size_max:
-            _let_go(group[0], WRITTEN)
-            return DUE
+    cdef int _lead(self, Request* own, Request** group) noexcept nogil:
+        """Write the first group, and others as long as many wait, then hand on.
+
+        Returns
+        -------
+        int
+            What is left to do with the lead and the GIL, or 0.
+        """
+        cdef Request* others
+        cdef int n, error
+        others = self._take()
+        for n in range(1, LEAD_MAX + 1):
+            error = self._write(others)
+            if n == 1:
+                own.state = FAILED if error else WRITTEN
+                others = own.next  # which is first
+            group[0] = others
+            if error:
+                return error
+            if self.tail.size > self.size_max:
+                _let_go(others, WRITTEN)
+                return DUE
+            if n == LEAD_MAX or not self._do_many_wait():
+                break
+            others = self._take()
+            if group[0] != NULL:
+                _tell(group[0], WRITTEN)  # and leave the rest to it
         self._hand_on()  # first, so that the next group is on its way
         _let_go(group[0], WRITTEN)
         return 0
+
+    cdef bint _do_many_wait(self) noexcept nogil:
+        pthread_mutex_lock(&self._mutex)
+        cdef bint do_many = (
+            self.n_waiting >= MANY_WAITING and not self._first.is_alone
+        )
+        pthread_mutex_unlock(&self._mutex)
+        return do_many
 
     cdef int _end_lead(self, int left, Request* group) except -1:
         try:
@@ -618,11 +653,10 @@ cdef void _let_go(Request* group, State state) noexcept nogil:
     while group != NULL:
         request = group
         group = group.next  # before it is told: then it may be used again
+        request.next = NULL  # nobody is left to it
         _tell(request, state)
 
 
 cdef void _tell(Request* request, State state) noexcept nogil:
-    pthread_mutex_lock(&request.mutex)
     request.state = state
-    pthread_cond_signal(&request.changed)
-    pthread_mutex_unlock(&request.mutex)
+    PyThread_release_lock(request.told)

@@ -187,6 +187,102 @@ def test_more_wait_than_one_call_may_write() -> None:
     assert file.calls == ["write", "sync"] * 2
 
 
+class Queueing(File):
+    """During each of the first writes, others come and wait; it keeps who leads."""
+
+    def __init__(self, n_writes: int, n_waiting: int) -> None:
+        super().__init__()
+        self.n_writes, self.n_waiting = n_writes, n_waiting
+        self.leaders: list[threading.Thread] = []  # an ident may be used again
+        self.sequences: list[int] = []
+        self.n_refused = 0
+        self.threads: list[threading.Thread] = []
+        self.commits = group_commit(self)
+
+    def commit(self) -> None:
+        try:
+            self.sequences.append(self.commits.commit(frame(), True))
+        except RefusedError:
+            self.n_refused += 1
+
+    def write(self, buffers: list[memoryview], offset: int) -> None:
+        self.leaders.append(threading.current_thread())
+        if len(self.leaders) <= self.n_writes:
+            for _ in range(self.n_waiting):
+                self.threads.append(threading.Thread(target=self.commit, daemon=True))
+                self.threads[-1].start()
+            while self.commits.n_waiting < self.n_waiting:
+                pass
+        super().write(buffers, offset)
+
+    def run(self) -> None:
+        self.commit()
+        for thread in self.threads:
+            thread.join(TIMEOUT_SECONDS)
+            assert not thread.is_alive()
+
+
+def test_a_leader_goes_on_while_many_wait() -> None:
+    """To wake an heir among many threads took as long as a sync: C2 with 64.
+
+    Whose group is durable meanwhile returns all the same; and nobody leads for ever.
+    """
+    file = Queueing(n_writes=10, n_waiting=16)
+    file.run()
+    first, second = file.leaders[0], file.leaders[8]
+    assert file.leaders == [first] * 8 + [second] * 3
+    assert first != second
+    assert sorted(file.sequences) == list(range(1, 10 * 16 + 2))
+    assert file.calls == ["write", "sync"] * 11
+
+
+def test_where_few_wait_each_group_has_a_leader_of_its_own() -> None:
+    file = Queueing(n_writes=10, n_waiting=15)
+    file.run()
+    assert len(set(file.leaders)) == 11
+    assert sorted(file.sequences) == list(range(1, 10 * 15 + 2))
+
+
+def test_who_waits_for_the_lead_alone_gets_it_though_many_wait() -> None:
+    file = Queueing(n_writes=3, n_waiting=16)
+    leaders: list[int] = []
+
+    def sync() -> None:
+        if len(file.leaders) == 1:  # in front of those that the next write brings
+            thread = threading.Thread(
+                target=file.commits.exclusively,
+                args=(lambda: leaders.append(len(file.leaders)),),
+                daemon=True,
+            )
+            thread.start()
+            file.threads.append(thread)
+            while file.commits.n_waiting < 17:
+                pass
+        File.sync(file)
+
+    file.sync = sync
+    file.run()
+    assert leaders == [2]
+    assert sorted(file.sequences) == list(range(1, 3 * 16 + 2))
+
+
+def test_a_failure_of_a_later_group_is_not_of_those_before() -> None:
+    """Their leader has led on, and is told of its own batch as they are."""
+    file = Queueing(n_writes=3, n_waiting=16)
+
+    def sync() -> None:
+        if len(file.leaders) == 3:
+            raise OSError(errno.EIO, "injected")
+        File.sync(file)
+
+    file.sync = sync
+    file.run()
+    assert sorted(file.sequences) == list(range(1, 16 + 2))
+    assert file.n_refused == 2 * 16
+    assert file.commits.durable == 16 + 1
+    assert file.calls == ["write", "sync"] * 2 + ["write"]
+
+
 def test_a_failure_reaches_everybody_in_the_group_and_behind() -> None:
     file = File()
     commits = group_commit(file)
