@@ -95,9 +95,9 @@ cdef enum:
     PIECE_SIZE = 512 << 10
     # Frames of one write: with the zeros fewer than the 1,024 that Linux takes.
     GROUP_MAX = 1000
-    # With so many waiting the leader goes on to lead, up to so many groups: to wake an
-    # heir among them takes as long as a sync. What many wait for few have to do.
-    MANY_WAITING = 16
+    # With so many waiting the leader goes on, up to so many groups: to wake an heir among
+    # that many threads takes as long as a sync.
+    MANY_WAITING = 8
     LEAD_MAX = 8
     # In place of an errno: a method of the file has raised; nothing was tried, since
     # nothing may be written any more; all is written, but the log has to rotate; the

@@ -33,7 +33,7 @@ static void ms_turn_end(void) {}
 /* Somebody else keeps the GIL if one turn is seen to last that long: then to sleep before
  * it is better. It has to be seen twice, since the time alone also passes in the queue
  * for a processor. */
-#define MS_STUCK_MAX 20000
+#define MS_STUCK_MAX 40000
 /* Nobody waits for longer: as long as the interpreter lets a thread keep the GIL. */
 #define MS_AWAIT_MAX 5000000
 

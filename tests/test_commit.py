@@ -227,24 +227,24 @@ def test_a_leader_goes_on_while_many_wait() -> None:
 
     Whose group is durable meanwhile returns all the same; and nobody leads for ever.
     """
-    file = Queueing(n_writes=10, n_waiting=16)
+    file = Queueing(n_writes=10, n_waiting=8)
     file.run()
     first, second = file.leaders[0], file.leaders[8]
     assert file.leaders == [first] * 8 + [second] * 3
     assert first != second
-    assert sorted(file.sequences) == list(range(1, 10 * 16 + 2))
+    assert sorted(file.sequences) == list(range(1, 10 * 8 + 2))
     assert file.calls == ["write", "sync"] * 11
 
 
 def test_where_few_wait_each_group_has_a_leader_of_its_own() -> None:
-    file = Queueing(n_writes=10, n_waiting=15)
+    file = Queueing(n_writes=10, n_waiting=7)
     file.run()
     assert len(set(file.leaders)) == 11
-    assert sorted(file.sequences) == list(range(1, 10 * 15 + 2))
+    assert sorted(file.sequences) == list(range(1, 10 * 7 + 2))
 
 
 def test_who_waits_for_the_lead_alone_gets_it_though_many_wait() -> None:
-    file = Queueing(n_writes=3, n_waiting=16)
+    file = Queueing(n_writes=3, n_waiting=8)
     leaders: list[int] = []
 
     def sync() -> None:
@@ -256,19 +256,19 @@ def test_who_waits_for_the_lead_alone_gets_it_though_many_wait() -> None:
             )
             thread.start()
             file.threads.append(thread)
-            while file.commits.n_waiting < 17:
+            while file.commits.n_waiting < 9:
                 pass
         File.sync(file)
 
     file.sync = sync
     file.run()
     assert leaders == [2]
-    assert sorted(file.sequences) == list(range(1, 3 * 16 + 2))
+    assert sorted(file.sequences) == list(range(1, 3 * 8 + 2))
 
 
 def test_a_failure_of_a_later_group_is_not_of_those_before() -> None:
     """Their leader has led on, and is told of its own batch as they are."""
-    file = Queueing(n_writes=3, n_waiting=16)
+    file = Queueing(n_writes=3, n_waiting=8)
 
     def sync() -> None:
         if len(file.leaders) == 3:
@@ -277,9 +277,9 @@ def test_a_failure_of_a_later_group_is_not_of_those_before() -> None:
 
     file.sync = sync
     file.run()
-    assert sorted(file.sequences) == list(range(1, 16 + 2))
-    assert file.n_refused == 2 * 16
-    assert file.commits.durable == 16 + 1
+    assert sorted(file.sequences) == list(range(1, 8 + 2))
+    assert file.n_refused == 2 * 8
+    assert file.commits.durable == 8 + 1
     assert file.calls == ["write", "sync"] * 2 + ["write"]
 
 
