@@ -39,6 +39,8 @@ from small_store import repeatable
 from verbs import apply
 
 N_ROUNDS_LONG = int(os.environ.get("METASTORE_CROWD_ROUNDS", "1500"))
+#: Few threads, and so many that a leader goes on leading while they wait.
+N_THREADS = 4, 20
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +52,12 @@ def _repeatable():
 def crash_a_crowd(seed: int, where: Path) -> tuple[int, int]:
     """Run threads, crash them at some moments; return the moments and the states."""
     rng = random.Random(seed)
-    crowd = Crowd(recover_crowd, rng, keep=lambda operation: rng.random() < 0.1)
+    crowd = Crowd(
+        recover_crowd,
+        rng,
+        n_threads=rng.choice(N_THREADS),
+        keep=lambda operation: rng.random() < 0.1,
+    )
     crowd.shutdown()
     n_states = 0
     for moment in [*crowd.moments, Moment(crowd.disk, frozenset(crowd.acknowledged))]:
@@ -110,7 +117,7 @@ def fail_a_crowd(seed: int) -> bool:
     rng = random.Random(seed)
     plan = FaultPlan(rng.choice(list(failures())), at=rng.randrange(1, 150))
     n_threads = threading.active_count()
-    crowd = Crowd(recover_crowd, rng, plan=plan)
+    crowd = Crowd(recover_crowd, rng, n_threads=rng.choice(N_THREADS), plan=plan)
     if crowd.store is not None and plan.failed:
         with pytest.raises(StoreFailedError, match="injected"):
             crowd.store.compact()

@@ -32,7 +32,8 @@ from verbs import (
 )
 
 N_ROUNDS_LONG = int(os.environ.get("METASTORE_KILL_ROUNDS", "1000"))
-N_THREADS = 4
+#: So many that a leader goes on leading while they wait.
+N_THREADS = 16
 
 # Batch i of a thread: its marker says that i + 1 batches are there, and one of a few
 # keys is written or deleted. No two threads share a key.
@@ -46,7 +47,7 @@ exec(BATCH)  # the children need its text, this module its function
 
 WRITER = (
     BATCH
-    + """
+    + f"""
 import os, sys, threading
 from metastore import MetadataStore
 store, recovered = MetadataStore.recover(sys.argv[1], log_size_bytes_min=1500)
@@ -59,7 +60,7 @@ def work(thread):
         os.write(1, b"%d %d %d\\n" % (sequence, thread, i))
         i += 1
 
-for thread in range(4):
+for thread in range({N_THREADS}):
     threading.Thread(target=work, args=(thread,)).start()
 """
 )
