@@ -27,7 +27,7 @@ cdef extern from "_kernels.h" nogil:
         uint8_t* frame, uint32_t seed, uint64_t sequence, uint64_t durable
     )
 
-# These are semaphores, and need no GIL.
+# Semaphores, where the system has them; they need no GIL.
 cdef extern from "pythread.h" nogil:
     ctypedef void* PyThread_type_lock
     PyThread_type_lock PyThread_allocate_lock()
@@ -550,12 +550,12 @@ cdef class GroupCommit:
         """
         cdef Request* others
         cdef int n, error
-        others = self._take()
+        others = self._take()  # own among them: it is first
         for n in range(1, LEAD_MAX + 1):
             error = self._write(others)
             if n == 1:
                 own.state = FAILED if error else WRITTEN
-                others = own.next  # which is first
+                others = own.next
             group[0] = others
             if error:
                 return error
