@@ -95,8 +95,8 @@ cdef enum:
     PIECE_SIZE = 512 << 10
     # Frames of one write: with the zeros fewer than the 1,024 that Linux takes.
     GROUP_MAX = 1000
-    # With so many waiting the leader goes on, up to so many groups: to wake an heir among
-    # that many threads takes as long as a sync.
+    # With so many waiting the leader goes on, up to so many groups: to wake an heir
+    # among that many threads takes as long as a sync.
     MANY_WAITING = 8
     LEAD_MAX = 8
     # In place of an errno: a method of the file has raised; nothing was tried, since
