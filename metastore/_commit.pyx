@@ -307,7 +307,6 @@ cdef int _write_all(
 
 
 cdef enum State:
-    WAITING
     LEADING
     WRITTEN
     FAILED
@@ -317,7 +316,7 @@ cdef struct Request:
     # One caller's part of a group. Requests are used again, and freed with the queue:
     # who wakes one may still be about it when its owner has gone on.
     PyThread_type_lock told  # kept; released by who has changed the state of another's
-    State state
+    State state             # of its owner to read once told
     iovec frame             # of no size: nothing to write
     bint sync
     bint is_alone           # wants the lead, and nothing written
@@ -473,7 +472,6 @@ cdef class GroupCommit:
         pthread_mutex_unlock(&self._mutex)
         if request == NULL:
             request = self._allocate()
-        request.state = WAITING
         request.next = NULL
         request.sync = sync
         request.is_alone = is_alone
@@ -548,25 +546,24 @@ cdef class GroupCommit:
         int
             What is left to do with the lead and the GIL, or 0.
         """
-        cdef Request* others
+        cdef Request* done
         cdef int n, error
-        others = self._take()  # own among them: it is first
+        group[0] = self._take()
         for n in range(1, LEAD_MAX + 1):
-            error = self._write(others)
-            if n == 1:
+            error = self._write(group[0])
+            if n == 1:  # own is the first of its group, and needs not be told
                 own.state = FAILED if error else WRITTEN
-                others = own.next
-            group[0] = others
+                group[0] = own.next
             if error:
                 return error
             if self.tail.size > self.size_max:
-                _let_go(others, WRITTEN)
+                _let_go(group[0], WRITTEN)
                 return DUE
             if n == LEAD_MAX or not self._do_many_wait():
                 break
-            others = self._take()
-            if group[0] != NULL:
-                _tell(group[0], WRITTEN)  # and leave the rest to it
+            done, group[0] = group[0], self._take()
+            if done != NULL:
+                _tell(done, WRITTEN)  # and leave the rest to it
         self._hand_on()  # first, so that the next group is on its way
         _let_go(group[0], WRITTEN)
         return 0
