@@ -19,7 +19,7 @@ from cpython.buffer cimport (
     PyObject_GetBuffer,
 )
 from libc.math cimport log2
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
@@ -28,6 +28,17 @@ import numpy as np
 cdef extern from "Python.h":
     ctypedef struct PyByteArrayObject:
         Py_ssize_t ob_alloc
+
+cdef extern from *:
+    """
+    #ifdef __SIZEOF_INT128__
+    typedef unsigned __int128 ms_wide;
+    #else
+    typedef uint64_t ms_wide;
+    #endif
+    """
+    # Cython reads the digits of an int in place only for a type with room for them all.
+    ctypedef unsigned long long wide "ms_wide"
 
 cdef extern from "_kernels.h" nogil:
     void ms_init()
@@ -206,7 +217,8 @@ def finish_frame(
     ms_finish_frame(&frame[0], seed, sequence, durable)
 
 
-cdef uint64_t _integer(object number, Py_ssize_t i, str what) except? 0:
+cdef uint64_t _checked_integer(object number, Py_ssize_t i, str what) except? 0:
+    """Return the number; an error names the record and what the number is there."""
     if isinstance(number, bool):
         raise TypeError(f"record {i}: {what} must be an integer, not a bool")
     try:
@@ -222,15 +234,46 @@ cdef uint64_t _integer(object number, Py_ssize_t i, str what) except? 0:
         ) from None
 
 
-cdef Py_ssize_t _append(
+cdef inline uint64_t _integer(object number, Py_ssize_t i, str what) except? 0:
+    """Return the number; an OverflowError is left to :func:`_name_overflow`.
+
+    A plain int is converted here without `try`, which costs more than the conversion.
+    """
+    cdef wide value
+    if type(number) is not int:
+        return _checked_integer(number, i, what)
+    value = number
+    if value > <wide>UINT64_MAX:
+        raise OverflowError
+    return <uint64_t>value
+
+
+cdef int _name_overflow(tuple record, Py_ssize_t i) except -1:
+    """Raise the error that says which integer of a record is outside, if one is."""
+    _checked_integer(record[0], i, "key")
+    if record[1] is not None:
+        _checked_integer(record[1][0], i, "value")
+    return 0
+
+
+cdef inline Py_ssize_t _append_bytes(
+    bytearray frame, Py_ssize_t end, const char* data, Py_ssize_t size, Py_ssize_t i
+) except -1:
+    if <uint64_t>size >= LENGTH_LIMIT:
+        raise OverflowError(
+            f"record {i}: user data of {size} bytes; the limit is 2**32 - 1"
+        )
+    if end + size > len(frame):
+        PyByteArray_Resize(frame, max(end + size, 2 * len(frame)))
+    memcpy(_at(frame) + end, data, size)
+    return size
+
+
+cdef Py_ssize_t _append_view(
     bytearray frame, Py_ssize_t end, object user_data, Py_ssize_t i
 ) except -1:
-    """Copy user data to `end` in a frame, which grows as needed; return its size."""
+    """Do the same for what is not bytes."""
     cdef Py_buffer view
-    if PyBytes_CheckExact(user_data):
-        return _append_bytes(
-            frame, end, PyBytes_AS_STRING(user_data), PyBytes_GET_SIZE(user_data), i
-        )
     if not PyObject_CheckBuffer(user_data):
         raise TypeError(
             f"record {i}: user data must be bytes-like, not {type(user_data).__name__}"
@@ -245,17 +288,45 @@ cdef Py_ssize_t _append(
         PyBuffer_Release(&view)
 
 
-cdef inline Py_ssize_t _append_bytes(
-    bytearray frame, Py_ssize_t end, const char* data, Py_ssize_t size, Py_ssize_t i
+cdef inline Py_ssize_t _append(
+    bytearray frame, Py_ssize_t end, object user_data, Py_ssize_t i
 ) except -1:
-    if <uint64_t>size >= LENGTH_LIMIT:
-        raise OverflowError(
-            f"record {i}: user data of {size} bytes; the limit is 2**32 - 1"
+    """Copy user data to `end` in a frame, which grows as needed; return its size."""
+    if PyBytes_CheckExact(user_data):
+        return _append_bytes(
+            frame, end, PyBytes_AS_STRING(user_data), PyBytes_GET_SIZE(user_data), i
         )
-    if end + size > len(frame):
-        PyByteArray_Resize(frame, max(end + size, 2 * len(frame)))
-    memcpy(_at(frame) + end, data, size)
-    return size
+    return _append_view(frame, end, user_data, i)
+
+
+cdef inline Py_ssize_t _add_record(
+    bytearray frame, Py_ssize_t end, object record, Py_ssize_t i, Py_ssize_t n
+) except -1:
+    """Write record `i` of `n`, its user data to `end`; return where that ends."""
+    cdef uint64_t value = 0
+    cdef Py_ssize_t size = 0
+    cdef object pair
+    cdef uint8_t* at
+    if not isinstance(record, tuple) or len(<tuple>record) != 2:
+        raise TypeError(
+            f"record {i}: must be a tuple (key, (value, user_data) or None)"
+        )
+    cdef uint64_t key = _integer((<tuple>record)[0], i, "key")
+    pair = (<tuple>record)[1]
+    if pair is not None:
+        if not isinstance(pair, tuple) or len(<tuple>pair) != 2:
+            raise TypeError(
+                f"record {i}: must hold a tuple (value, user_data) or None"
+            )
+        value = _integer((<tuple>pair)[0], i, "value")
+        if value == 0:
+            raise ValueError(f"record {i}: value 0 means deleted: give None instead")
+        size = _append(frame, end, (<tuple>pair)[1], i)
+    at = _at(frame) + HEADER
+    ms_store_u64(at + 8 * i, key)
+    ms_store_u64(at + 8 * n + 8 * i, value)
+    ms_store_u32(at + 16 * n + 4 * i, size)
+    return end + size
 
 
 def encode_batch(batch):
@@ -278,10 +349,7 @@ def encode_batch(batch):
     """
     cdef list records = list(batch)
     cdef Py_ssize_t n = len(records)
-    cdef Py_ssize_t i, size
-    cdef uint64_t key, value
-    cdef object record, pair
-    cdef uint8_t* at
+    cdef Py_ssize_t i
     if <uint64_t>n >= LENGTH_LIMIT:
         raise OverflowError(f"a batch of {n} records; the limit is 2**32 - 1")
     cdef Py_ssize_t user_data_at = HEADER + 20 * n
@@ -289,32 +357,12 @@ def encode_batch(batch):
     cdef bytearray frame = PyByteArray_FromStringAndSize(
         NULL, user_data_at + USER_DATA_GUESS * n
     )
-    for i in range(n):
-        record = records[i]
-        if not isinstance(record, tuple) or len(<tuple>record) != 2:
-            raise TypeError(
-                f"record {i}: must be a tuple (key, (value, user_data) or None)"
-            )
-        key = _integer((<tuple>record)[0], i, "key")
-        pair = (<tuple>record)[1]
-        value = 0
-        size = 0
-        if pair is not None:
-            if not isinstance(pair, tuple) or len(<tuple>pair) != 2:
-                raise TypeError(
-                    f"record {i}: must hold a tuple (value, user_data) or None"
-                )
-            value = _integer((<tuple>pair)[0], i, "value")
-            if value == 0:
-                raise ValueError(
-                    f"record {i}: value 0 means deleted: give None instead"
-                )
-            size = _append(frame, end, (<tuple>pair)[1], i)
-            end += size
-        at = _at(frame) + HEADER
-        ms_store_u64(at + 8 * i, key)
-        ms_store_u64(at + 8 * n + 8 * i, value)
-        ms_store_u32(at + 16 * n + 4 * i, size)
+    try:
+        for i in range(n):
+            end = _add_record(frame, end, records[i], i, n)
+    except OverflowError:
+        _name_overflow(records[i], i)
+        raise
     PyByteArray_Resize(frame, _padded(end))
     _start_frame(_at(frame), BATCH, PLAIN, n, end - HEADER, end - user_data_at)
     _add_checksum(_at(frame))

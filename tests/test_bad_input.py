@@ -105,6 +105,33 @@ def test_the_message_names_the_record(db):
         store.insert_batch([*GOOD, (-1, None)])
 
 
+class Like:
+    """An integer by ``__index__`` alone, as numpy's are."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __index__(self):
+        return self.number
+
+    def __str__(self):
+        return str(self.number)
+
+
+@pytest.mark.parametrize("kind", [int, Like])
+@pytest.mark.parametrize("what", ["key", "value"])
+@pytest.mark.parametrize(
+    "number", [2**64, 2**90 + 7, 2**128 - 1, 2**128, 2**128 + 7, -1, -(2**64) + 7]
+)
+def test_no_integer_is_cut_to_64_bits(db, number, what, kind):
+    """A plain int is read into 128 bits where the compiler has them, then narrowed."""
+    bad = kind(number)
+    record = (bad, "not looked at") if what == "key" else (9, (bad, b""))
+    message = rf"^record 2: {what} {number} is outside 0 \.\. 2\*\*64 - 1$"
+    with refused(db, OverflowError, message) as store:
+        store.insert_batch([*GOOD, record])
+
+
 def test_a_value_of_zero_says_how_to_delete(db):
     with refused(db, ValueError, "None") as store:
         store.insert_batch([(5, (0, b""))])

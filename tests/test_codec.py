@@ -97,6 +97,19 @@ def test_oracle_reads_a_batch_of_tuples(records: Records) -> None:
     assert metastore_reads(data) == records
 
 
+def test_integers_of_every_number_of_digits() -> None:
+    """CPython keeps 30 bits in a digit, on some machines 15."""
+    powers = [1 << bits for bits in (0, 14, 15, 16, 29, 30, 31, 45, 59, 60, 61, 63)]
+    numbers = [power + more for power in powers for more in (-1, 0, 1) if power + more]
+    numbers.append(2**64 - 1)
+    records = [(key, key, b"") for key in numbers]
+    assert metastore_reads(finished(frames.encode_batch(as_batch(records), LEVEL))) == (
+        records
+    )
+    likes = [(np.uint64(key), (np.uint64(key), b"")) for key in numbers]
+    assert metastore_reads(finished(frames.encode_batch(likes, LEVEL))) == records
+
+
 @settings(max_examples=30)
 @given(strategies.batches())
 def test_oracle_reads_plain_columns(records: Records) -> None:
