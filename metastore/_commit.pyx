@@ -39,6 +39,7 @@ cdef extern from "_turnstile.h" nogil:
     void ms_turn_await()
     void ms_turn_begin()
     void ms_turn_end()
+    void ms_turn_hold()
 
 cdef extern from * nogil:
     """
@@ -422,6 +423,7 @@ cdef class GroupCommit:
         cdef Request* group = NULL
         cdef int left = 0
         try:
+            ms_turn_hold()
             with nogil:
                 ms_turn_end()
                 self._join(request)

@@ -17,6 +17,7 @@
 static void ms_turn_await(void) {}
 static void ms_turn_begin(void) {}
 static void ms_turn_end(void) {}
+static void ms_turn_hold(void) {}
 
 #else
 
@@ -37,9 +38,23 @@ static void ms_turn_end(void) {}
 /* Nobody waits for longer: as long as the interpreter lets a thread keep the GIL. */
 #define MS_AWAIT_MAX 5000000
 
+/* Who waits that long for the GIL gets it from somebody who does not give it back by
+ * itself, as a thread that spins, and who asks for it again at once. */
+#define MS_LONG_WAIT 1000000
+/* The first that gets it so keeps it that long, where others wait: the one that lost it
+ * is awake by then, finds it kept, and lines up behind them. Else it comes in between
+ * two of them, and they wait for another switch interval. */
+#define MS_HOLD 60000
+
 /* When it began, in even numbers; odd as long as its owner asks; 0: nobody's. */
 static _Atomic uint64_t ms_turn;
 static _Thread_local uint64_t ms_own_turn;
+/* How many ask without a turn, and since when this thread does, or 0. */
+static _Atomic int ms_n_turnless;
+static _Thread_local uint64_t ms_turnless_since;
+/* When somebody last got the GIL after a long wait, and what follows for this thread. */
+static _Atomic uint64_t ms_last_long_wait;
+static _Thread_local uint64_t ms_hold_until;
 
 static uint64_t ms_even_clock(void) {
     struct timespec now;
@@ -66,19 +81,36 @@ static void ms_turn_await(void) {
             seen = turn;
             seen_since = now;
         } else if (now - seen_since > MS_STUCK_MAX) {
-            return;
+            break;
         }
         sched_yield();
         now = ms_even_clock();
     } while (now - begin < MS_AWAIT_MAX);
+    ms_turnless_since = now;
+    atomic_fetch_add(&ms_n_turnless, 1);
 }
 
 /* This thread has got the GIL. */
 static void ms_turn_begin(void) {
-    uint64_t asking = ms_own_turn, now;
-    if (asking) {
-        now = ms_even_clock();
-        ms_own_turn = atomic_compare_exchange_strong(&ms_turn, &asking, now) ? now : 0;
+    uint64_t own = ms_own_turn, now = ms_even_clock();
+    uint64_t since = own ? own : ms_turnless_since;
+    if (own)
+        ms_own_turn = atomic_compare_exchange_strong(&ms_turn, &own, now) ? now : 0;
+    else
+        atomic_fetch_sub(&ms_n_turnless, 1);
+    /* Signed: a turn's number may be ahead of the clock by one. */
+    if ((int64_t)(now - since) > MS_LONG_WAIT) {
+        uint64_t last = atomic_exchange(&ms_last_long_wait, now);
+        if ((int64_t)(now - last) > MS_LONG_WAIT && atomic_load(&ms_n_turnless) > 0)
+            ms_hold_until = now + MS_HOLD;
+    }
+}
+
+/* This thread, which has the GIL, is about to let it go. */
+static void ms_turn_hold(void) {
+    uint64_t until = ms_hold_until;
+    ms_hold_until = 0;
+    while (until && ms_even_clock() < until) {
     }
 }
 
