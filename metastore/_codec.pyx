@@ -222,8 +222,7 @@ cdef uint64_t _checked_integer(object number, Py_ssize_t i, str what) except? 0:
     if isinstance(number, bool):
         raise TypeError(f"record {i}: {what} must be an integer, not a bool")
     try:
-        # A plain int converts at once; others say by __index__ that they are integers.
-        return number if type(number) is int else number.__index__()
+        return number.__index__()
     except OverflowError:
         raise OverflowError(
             f"record {i}: {what} {number} is outside 0 .. 2**64 - 1"

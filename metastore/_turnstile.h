@@ -49,7 +49,7 @@ static void ms_turn_hold(void) {}
 /* When it began, in even numbers; odd as long as its owner asks; 0: nobody's. */
 static _Atomic uint64_t ms_turn;
 static _Thread_local uint64_t ms_own_turn;
-/* How many ask without a turn, and since when this thread does, or 0. */
+/* How many ask without a turn, and since when this thread does, if it has none. */
 static _Atomic int ms_n_turnless;
 static _Thread_local uint64_t ms_turnless_since;
 /* When somebody last got the GIL after a long wait, and what follows for this thread. */
