@@ -18,6 +18,7 @@ from cpython.buffer cimport (
     PyObject_CheckBuffer,
     PyObject_GetBuffer,
 )
+from cpython.number cimport PyNumber_Index
 from libc.math cimport log2
 from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
@@ -37,7 +38,8 @@ cdef extern from *:
     typedef uint64_t ms_wide;
     #endif
     """
-    # Cython reads the digits of an int in place only for a type with room for them all.
+    # Cython reads the digits of an int in place, without a call, only for a type with
+    # room for them all: beyond 2**60 there are three of 30 bits, too many for 64.
     ctypedef unsigned long long wide "ms_wide"
 
 cdef extern from "_kernels.h" nogil:
@@ -222,14 +224,18 @@ cdef uint64_t _checked_integer(object number, Py_ssize_t i, str what) except? 0:
     if isinstance(number, bool):
         raise TypeError(f"record {i}: {what} must be an integer, not a bool")
     try:
-        return number.__index__()
-    except OverflowError:
-        raise OverflowError(
-            f"record {i}: {what} {number} is outside 0 .. 2**64 - 1"
-        ) from None
-    except (AttributeError, TypeError):
+        exact = PyNumber_Index(number)
+    except TypeError:
         raise TypeError(
             f"record {i}: {what} must be an integer, not {type(number).__name__}"
+        ) from None
+    try:
+        return exact
+    except OverflowError:
+        # Python refuses to write out thousands of digits.
+        shown = exact if exact.bit_length() <= 256 else f"of {exact.bit_length()} bits"
+        raise OverflowError(
+            f"record {i}: {what} {shown} is outside 0 .. 2**64 - 1"
         ) from None
 
 
@@ -247,11 +253,12 @@ cdef inline uint64_t _integer(object number, Py_ssize_t i, str what) except? 0:
     return <uint64_t>value
 
 
-cdef int _name_overflow(tuple record, Py_ssize_t i) except -1:
+cdef int _name_overflow(object record, Py_ssize_t i) except -1:
     """Raise the error that says which integer of a record is outside, if one is."""
-    _checked_integer(record[0], i, "key")
-    if record[1] is not None:
-        _checked_integer(record[1][0], i, "value")
+    pair = (<tuple>record)[1]
+    _checked_integer((<tuple>record)[0], i, "key")
+    if pair is not None:
+        _checked_integer((<tuple>pair)[0], i, "value")
     return 0
 
 
@@ -271,7 +278,7 @@ cdef inline Py_ssize_t _append_bytes(
 cdef Py_ssize_t _append_view(
     bytearray frame, Py_ssize_t end, object user_data, Py_ssize_t i
 ) except -1:
-    """Do the same for what is not bytes."""
+    """Do what `_append` does, for what is not bytes."""
     cdef Py_buffer view
     if not PyObject_CheckBuffer(user_data):
         raise TypeError(
@@ -279,8 +286,10 @@ cdef Py_ssize_t _append_view(
         )
     try:
         PyObject_GetBuffer(user_data, &view, PyBUF_SIMPLE)
-    except BufferError as error:
-        raise ValueError(f"record {i}: user data must be contiguous") from error
+    except (BufferError, ValueError) as error:
+        raise ValueError(
+            f"record {i}: user data cannot be read as contiguous bytes: {error}"
+        ) from error
     try:
         return _append_bytes(frame, end, <const char*>view.buf, view.len, i)
     finally:

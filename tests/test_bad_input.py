@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import operator
 import os
 import resource
 import threading
+import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -118,18 +121,55 @@ class Like:
         return str(self.number)
 
 
+class Named(NamedTuple):
+    key: object
+    new: object
+
+
 @pytest.mark.parametrize("kind", [int, Like])
 @pytest.mark.parametrize("what", ["key", "value"])
 @pytest.mark.parametrize(
     "number", [2**64, 2**90 + 7, 2**128 - 1, 2**128, 2**128 + 7, -1, -(2**64) + 7]
 )
-def test_no_integer_is_cut_to_64_bits(db, number, what, kind):
-    """A plain int is read into 128 bits where the compiler has them, then narrowed."""
+@pytest.mark.parametrize("shape", [lambda *pair: pair, Named], ids=["tuple", "named"])
+def test_no_integer_is_cut_to_64_bits(db, number, what, kind, shape):
+    """A plain int is read into 128 bits where the compiler has them, then narrowed.
+
+    The message was that of Cython where the record was of a subclass of tuple.
+    """
     bad = kind(number)
-    record = (bad, "not looked at") if what == "key" else (9, (bad, b""))
+    record = shape(bad, "not looked at") if what == "key" else shape(9, (bad, b""))
     message = rf"^record 2: {what} {number} is outside 0 \.\. 2\*\*64 - 1$"
     with refused(db, OverflowError, message) as store:
         store.insert_batch([*GOOD, record])
+
+
+def test_an_integer_too_long_to_be_written_out(db):
+    """Python refuses to: its ValueError hid which record it was."""
+    message = r"^record 2: key of 20001 bits is outside 0 \.\. 2\*\*64 - 1$"
+    with refused(db, OverflowError, message) as store:
+        store.insert_batch([*GOOD, (1 << 20_000, None)])
+
+
+class Nine(int):
+    """An int that says of itself that it is another."""
+
+    def __index__(self):
+        return 9
+
+
+def test_an_integer_is_what_python_says_it_is(db, recover):
+    """``__index__`` was called by its name: 9 was stored for 4, and 3 for 3.7."""
+    odd = Like(3.7)
+    alone = types.SimpleNamespace(__index__=lambda: 5)
+    assert operator.index(Nine(4)) == 4
+    store, _ = recover()
+    store.insert_batch([(Nine(4), (Nine(5), b""))])
+    for number in (odd, alone):
+        with pytest.raises(TypeError, match="record 0: key must be an integer"):
+            store.insert_batch([(number, (1, b""))])
+    store.shutdown()
+    assert read(db) == {4: (5, b"")}
 
 
 def test_a_value_of_zero_says_how_to_delete(db):
@@ -169,15 +209,25 @@ def test_a_key_whose_index_raises(db):
         store.insert_batch([(50, (1, b"never")), (Key(), (1, b"never"))])
 
 
-def test_user_data_that_is_not_contiguous_is_copied_or_refused(db, recover):
-    strided = memoryview(b"a-b-c-d-")[::2]
-    store, _ = recover()
-    try:
-        store.insert_batch([(1, (1, strided))])
-    except (TypeError, ValueError, BufferError):
-        store.insert_batch([(1, (1, b"abcd"))])
-    store.shutdown()
-    assert read(db) == {1: (1, b"abcd")}
+def released() -> memoryview:
+    view = memoryview(b"abcd")
+    view.release()
+    return view
+
+
+@pytest.mark.parametrize(
+    "user_data",
+    [
+        pytest.param(lambda: memoryview(b"a-b-c-d-")[::2], id="strided"),
+        pytest.param(lambda: np.arange(8, dtype=np.uint8)[::2], id="numpy-strided"),
+        pytest.param(lambda: np.ones((2, 2), np.uint8, order="F"), id="by-columns"),
+        pytest.param(released, id="released"),
+    ],
+)
+def test_user_data_without_contiguous_bytes_is_refused(db, user_data):
+    """Where the exporter had its own error, that of numpy, it named no record."""
+    with refused(db, ValueError, "^record 2: user data cannot be read") as store:
+        store.insert_batch([*GOOD, (9, (1, user_data()))])
 
 
 def test_user_data_of_wider_elements_counts_in_bytes(db, recover):
