@@ -85,6 +85,9 @@ cdef extern from * nogil:
     const size_t MS_AHEAD_SIZE_MAX
     uint8_t* ms_zeros
 
+cdef extern from "Python.h":
+    str PyUnicode_DecodeLocale(const char*, const char*)
+
 ms_init()
 
 # Zeros are written ahead of small frames, so that their sync writes no metadata: as
@@ -264,7 +267,8 @@ cdef class Tail:
             return self._raised
         if number == SEALED:
             return RuntimeError(f"no log has followed the sealed one ({self._path})")
-        return OSError(number, strerror(number).decode(), self._path)
+        words = PyUnicode_DecodeLocale(strerror(number), "surrogateescape")
+        return OSError(number, words, self._path)
 
 
 cdef int _point_at(iovec* buffer, bytearray frame) except -1:

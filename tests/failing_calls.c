@@ -25,6 +25,15 @@ void failing_calls_plan(int call, int at, int error, int forever) {
 /* Have the calling thread get a SIGINT with every failure. */
 void failing_calls_interrupt(int yes) { interrupts = yes; }
 
+/* What the C library answers in a German locale of one byte a character. */
+static int german;
+void failing_calls_in_german(int yes) { german = yes; }
+
+char *strerror(int error) {
+    char *(*real)(int) = dlsym(RTLD_NEXT, "strerror");
+    return german ? "Auf dem Ger\xe4t ist kein Speicherplatz" : real(error);
+}
+
 int failing_calls_count(int call) { return calls[call]; }
 
 static int fails(int call) {

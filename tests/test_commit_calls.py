@@ -142,6 +142,37 @@ def test_a_failed_call_sticks(library, tmp_path, n_threads, forever, call, error
         assert len(found - set(returned)) <= n_threads
 
 
+IN_GERMAN = """
+import ctypes, errno, json, sys
+from metastore import MetadataStore, StoreFailedError
+
+library = ctypes.CDLL(None)
+store, _ = MetadataStore.recover(sys.argv[1])
+store.insert_batch([(0, (1, b"before"))])
+store.compact()  # so that nothing goes on behind our back
+causes = []
+library.failing_calls_plan(2, 1, errno.ENOSPC, 1)
+library.failing_calls_in_german(1)
+for key in (1, 2):
+    try:
+        store.insert_batch([(key, (key, bytes(1000)))])
+    except StoreFailedError as failure:
+        causes.append(failure.__cause__.errno)
+library.failing_calls_in_german(0)
+library.failing_calls_plan(0, 0, 0, 0)
+failure = store.stats().failure
+store.shutdown()
+print(json.dumps([causes, failure]))
+"""
+
+
+def test_a_failure_that_the_system_words_in_another_encoding(library, tmp_path):
+    """Taken for UTF-8, they had the store raise UnicodeDecodeError ever after."""
+    causes, failure = run_with_library(library, IN_GERMAN, tmp_path / "db")
+    assert causes == [errno.ENOSPC] * 2
+    assert "kein Speicherplatz" in failure
+
+
 LARGE = """
 import ctypes, json, sys
 import numpy as np
