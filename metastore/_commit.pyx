@@ -20,6 +20,8 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport strerror
 
+from metastore.errors import StoreClosedError
+
 cdef extern from "_kernels.h" nogil:
     const size_t MS_HEADER
     void ms_init()
@@ -65,6 +67,18 @@ cdef extern from * nogil:
     #endif
     }
 
+    /* How often this process, or one that it descends from, was forked. A signal
+     * handler may fork, and the child return into any call of the store: what a tail
+     * refers to by then was closed, and its number may be that of another file. */
+    static int ms_n_forks;
+    static void ms_begin_child(void) {
+        ms_n_forks++;
+        ms_turn_forget();
+    }
+    static int ms_count_forks(void) {
+        return pthread_atfork(NULL, NULL, ms_begin_child);
+    }
+
     #define ms_thread() ((uintptr_t)pthread_self())
     #define MS_AHEAD_SIZE_MAX (1 << 20)
     static uint8_t ms_zeros[MS_AHEAD_SIZE_MAX];
@@ -81,6 +95,8 @@ cdef extern from * nogil:
     ssize_t pwritev(int, const iovec*, int, long long)
     int ms_sync(int)
     void ms_begin_sync(int, long long, size_t)
+    const int ms_n_forks
+    int ms_count_forks()
     uintptr_t ms_thread()
     const size_t MS_AHEAD_SIZE_MAX
     uint8_t* ms_zeros
@@ -89,6 +105,8 @@ cdef extern from "Python.h":
     str PyUnicode_DecodeLocale(const char*, const char*)
 
 ms_init()
+if ms_count_forks():
+    raise MemoryError
 
 # Zeros are written ahead of small frames, so that their sync writes no metadata: as
 # much as the log is long, within these bounds. Frames above the last size bring none.
@@ -105,11 +123,13 @@ cdef enum:
     LEAD_MAX = 8
     # In place of an errno: a method of the file has raised; nothing was tried, since
     # nothing may be written any more; all is written, but the log has to rotate; the
-    # log has its end frame, and what were written behind it would never be read.
+    # log has its end frame, and what was written behind it would never be read; the log
+    # is the parent's of this forked process.
     RAISED = -1
     REFUSED = -2
     DUE = -3
     SEALED = -4
+    FORKED = -5
 
 
 cdef class Tail:
@@ -145,8 +165,9 @@ cdef class Tail:
     cdef uint64_t _zeroed_size
     cdef uint64_t _ahead_size_min
     cdef object _raised
-    #: Why nothing may be written any more: an errno, RAISED or SEALED; else 0.
+    #: An errno, RAISED or SEALED, once nothing may be written any more; else 0.
     cdef int _ended
+    cdef int _n_forks
 
     def __init__(
         self, file, str path, uint32_t seed, uint64_t sequence, uint64_t size,
@@ -160,19 +181,24 @@ cdef class Tail:
         self.size = size
         self._zeroed_size = self._ahead_size_min = zeroed_size
         self._ended = 0
+        self._n_forks = ms_n_forks
+
+    cdef int _end(self) noexcept nogil:
+        """Return why nothing may be written any more, or 0."""
+        return self._ended if self._n_forks == ms_n_forks else FORKED
 
     @property
     def failure(self):
         """What ended it: an exception, or None."""
-        return self.error(self._ended) if self._ended else None
+        return self.error(self._end()) if self._end() else None
 
     def seal(self, bytearray end not None):
         """Write a started end frame and make it durable; all before must be already."""
         cdef iovec buffers[2]
         cdef uint64_t last = self.sequence - 1
         cdef int error
-        if self._ended:
-            raise self.error(self._ended)
+        if self._end():
+            raise self.error(self._end())
         _point_at(buffers, end)
         ms_finish_frame(<uint8_t*>buffers[0].iov_base, self._seed, last, last)
         with nogil:
@@ -193,8 +219,8 @@ cdef class Tail:
         caller syncs next, and the device may begin.
         """
         cdef int i, error
-        if self._ended:
-            return self._ended
+        if self._end():
+            return self._end()
         for i in range(n):
             ms_finish_frame(
                 <uint8_t*>frames[i].iov_base, self._seed, self.sequence + i, durable
@@ -241,9 +267,9 @@ cdef class Tail:
 
     cdef int sync(self) noexcept nogil:
         """Make everything written durable; return 0 or what ended the log."""
-        if not self._ended:
+        if not self._end():
             self._ended = self._sync()
-        return self._ended
+        return self._end()
 
     cdef int _sync(self) noexcept nogil:
         if self._descriptor < 0:
@@ -267,6 +293,8 @@ cdef class Tail:
             return self._raised
         if number == SEALED:
             return RuntimeError(f"no log has followed the sealed one ({self._path})")
+        if number == FORKED:
+            return StoreClosedError.in_a_fork(self._path)
         words = PyUnicode_DecodeLocale(strerror(number), "surrogateescape")
         return OSError(number, words, self._path)
 
@@ -320,8 +348,8 @@ cdef enum State:
 cdef struct Request:
     # One caller's part of a group. Requests are used again, and freed with the queue:
     # who wakes one may still be about it when its owner has gone on.
-    PyThread_type_lock told  # kept; released by who has changed the state of another's
-    State state             # of its owner to read once told
+    PyThread_type_lock told  # taken, until who sets the state of another's releases it
+    State state             # read by its owner once that has taken `told` again
     iovec frame             # of no size: nothing to write
     bint sync
     bint is_alone           # wants the lead, and nothing written
@@ -397,6 +425,17 @@ cdef class GroupCommit:
         """Let nothing more be written; who waits fails."""
         self.is_open = False
 
+    def forget_after_fork(self):
+        """In a forked child: let nothing be written, and nobody wait for who is gone.
+
+        Another thread may have had the lead, or the mutex, when its process was forked.
+        """
+        self.is_open = False
+        pthread_mutex_init(&self._mutex, NULL)
+        self._first = NULL
+        self.n_waiting = 0
+        self._is_led = self._is_led_here()
+
     @property
     def is_led_here(self):
         """Whether this thread leads: as a signal handler amid a rotation finds it."""
@@ -468,7 +507,7 @@ cdef class GroupCommit:
         buffer.iov_base, buffer.iov_len = NULL, 0
         if frame is not None:
             _point_at(&buffer, frame)
-        pthread_mutex_lock(&self._mutex)  # nobody keeps it for long, or with the GIL
+        pthread_mutex_lock(&self._mutex)  # who keeps it asks for nothing meanwhile
         if self._is_led_here():
             pthread_mutex_unlock(&self._mutex)
             raise RuntimeError("this thread is in the middle of a commit already")

@@ -18,6 +18,7 @@ static void ms_turn_await(void) {}
 static void ms_turn_begin(void) {}
 static void ms_turn_end(void) {}
 static void ms_turn_hold(void) {}
+static void ms_turn_forget(void) {}
 
 #else
 
@@ -29,7 +30,7 @@ static void ms_turn_hold(void) {}
 /* Nanoseconds. After so long, since its owner has got the GIL, a turn is over: the owner
  * computes, or has let the GIL go elsewhere, which nobody can see. */
 #define MS_TURN_MAX 10000
-/* One whose owner asks for the GIL that long is nobody's: it is of before a fork. */
+/* One whose owner asks for the GIL that long is free to take: somebody else keeps it. */
 #define MS_ASKING_MAX 20000000
 /* Somebody else keeps the GIL if one turn is seen to last that long: then to sleep before
  * it is better. It has to be seen twice, since the time alone also passes in the queue
@@ -112,6 +113,12 @@ static void ms_turn_hold(void) {
     ms_hold_until = 0;
     while (until && ms_even_clock() < until) {
     }
+}
+
+/* This process was forked: the other threads are not here. */
+static void ms_turn_forget(void) {
+    atomic_store(&ms_turn, 0);
+    atomic_store(&ms_n_turnless, 0);
 }
 
 /* This thread has let the GIL go: the next one may ask. */

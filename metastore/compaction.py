@@ -380,6 +380,7 @@ class Compactor:
         """Let a running task end, drop those that wait, end the thread; idempotent."""
         self._ask_to_stop()
         if self._thread is not None and self._thread is not threading.current_thread():
+            self._ended.wait()
             self._thread.join()
 
     def stop_then(self, last: Callable[[], Any]) -> None:
@@ -397,6 +398,12 @@ class Compactor:
         self._lasts.put(last)
         if not self._running:
             self._do_lasts()
+
+    def forget_after_fork(self) -> None:
+        """In a forked child, where the thread is not: let nobody wait for it."""
+        self._is_stopping = True
+        self._ended.open()
+        self._end()
 
     def _ask_to_stop(self) -> None:
         self._is_stopping = True

@@ -21,7 +21,7 @@ from typing import Protocol
 
 import numpy as np
 
-from metastore.errors import StoreLockedError
+from metastore.errors import StoreClosedError, StoreLockedError
 from metastore.format import NUMBER_MAX
 
 __all__ = [
@@ -232,12 +232,35 @@ class DirectoryProtocol(Protocol):
         ...
 
 
-class File:
-    """An open file of a real directory. Reads and writes are thread-safe."""
+class _Opened:
+    """What is open belongs to who opened it: a forked child may read and close it.
 
-    def __init__(self, descriptor: int, path: str) -> None:
+    Not even a sync is the child's: it would take the error that is its parent's to be
+    told. A signal handler may fork, and its child return into any call: so who was
+    forked shows in what was counted before the descriptor was got, and is asked in the
+    expression that uses it, where no handler can come between.
+    """
+
+    def __init__(self, descriptor: int, path: str, n_forks: int | None = None) -> None:
         self._descriptor = descriptor
         self.path = path
+        self._n_forks = _n_forks if n_forks is None else n_forks
+
+    def _own(self) -> int:
+        """Return the descriptor, to change what it refers to, or raise in a fork."""
+        if self._n_forks != _n_forks:
+            raise StoreClosedError.in_a_fork(self.path)
+        return self._descriptor
+
+    def close(self) -> None:
+        """Give the descriptor back, and with it a lock; idempotent. Maps stay valid."""
+        if self._descriptor >= 0:
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)
+
+
+class File(_Opened):
+    """An open file of a real directory. Reads and writes are thread-safe."""
 
     @property
     def descriptor(self) -> int:
@@ -276,7 +299,7 @@ class File:
         for start in range(0, len(buffers), _BUFFERS_MAX):
             some = buffers[start : start + _BUFFERS_MAX]
             size = sum(len(buffer) for buffer in some)
-            written = os.pwritev(self._descriptor, some, offset)
+            written = os.pwritev(self._own(), some, offset)
             if written < size:  # short: above 2 GiB, or when the disk fills up
                 rest = memoryview(b"".join(some))[written:]
                 self._write_one(rest, offset + written)
@@ -284,7 +307,7 @@ class File:
 
     def _write_one(self, view: memoryview, offset: int) -> None:
         while view:
-            written = os.pwrite(self._descriptor, view, offset)
+            written = os.pwrite(self._own(), view, offset)
             if written == 0:
                 raise OSError(errno.EIO, "write made no progress", self.path)
             view = view[written:]
@@ -293,9 +316,9 @@ class File:
     def sync(self) -> None:
         """Make everything written to this file durable, or raise."""
         if sys.platform == "darwin":
-            fcntl.fcntl(self._descriptor, fcntl.F_FULLFSYNC)
+            fcntl.fcntl(self._own(), fcntl.F_FULLFSYNC)
         else:
-            os.fdatasync(self._descriptor)
+            os.fdatasync(self._own())
 
     def drop_cache(self) -> None:
         """Ask that later reads come from the medium, where the system can."""
@@ -325,19 +348,9 @@ class File:
             if error.errno == errno.EIO:
                 raise OSError(error.errno, error.strerror, self.path) from error
 
-    def close(self) -> None:
-        """Give the descriptor back; idempotent. Maps stay valid."""
-        if self._descriptor >= 0:
-            descriptor, self._descriptor = self._descriptor, -1
-            os.close(descriptor)
 
-
-class Directory:
+class Directory(_Opened):
     """A real directory, held open: renaming it or changing the cwd is harmless."""
-
-    def __init__(self, descriptor: int, path: str) -> None:
-        self._descriptor = descriptor
-        self.path = path
 
     @classmethod
     def open_or_create(cls, path: str) -> Directory:
@@ -358,7 +371,9 @@ class Directory:
     @classmethod
     def open_existing(cls, path: str) -> Directory:
         """Open the directory `path`, which must exist."""
-        return cls(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), path)
+        n_forks = _n_forks
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        return cls(os.open(path, flags), path, n_forks)
 
     def network_type(self) -> str | None:
         """Return the type of the network file system that this lies on, if known."""
@@ -379,7 +394,7 @@ class Directory:
         """Take the exclusive lock at once, or raise StoreLockedError."""
         _locked.add(self)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._own(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise StoreLockedError(self.path, self._lock_holder()) from None
@@ -421,50 +436,49 @@ class Directory:
 
     def _open(self, name: str, flags: int) -> File:
         path = os.path.join(self.path, name)
+        flags |= os.O_CLOEXEC
         try:
-            descriptor = os.open(
-                name, flags | os.O_CLOEXEC, 0o666, dir_fd=self._descriptor
-            )
+            here = self._own() if flags & os.O_CREAT else self._descriptor
+            descriptor = os.open(name, flags, 0o666, dir_fd=here)
         except OSError as error:
             error.filename = path
             raise
-        return File(descriptor, path)
+        return File(descriptor, path, self._n_forks)
 
     def rename(self, old: str, new: str) -> None:
         """Rename atomically; durable after :meth:`sync`."""
-        here = self._descriptor
+        here = self._own()
         os.rename(old, new, src_dir_fd=here, dst_dir_fd=here)
 
     def remove(self, name: str) -> None:
         """Remove a file; durable after :meth:`sync`."""
-        os.unlink(name, dir_fd=self._descriptor)
+        os.unlink(name, dir_fd=self._own())
 
     def sync(self) -> None:
         """Make created, renamed and removed names durable, or raise."""
-        os.fsync(self._descriptor)
+        os.fsync(self._own())
 
     def subdirectory(self, name: str) -> Directory:
         """Open the directory `name` in this one; if missing, create it and sync."""
         try:
-            os.mkdir(name, dir_fd=self._descriptor)
+            os.mkdir(name, dir_fd=self._own())
         except FileExistsError:
             pass
         self.sync()
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
         descriptor = os.open(name, flags, dir_fd=self._descriptor)
-        return Directory(descriptor, os.path.join(self.path, name))
+        return Directory(descriptor, os.path.join(self.path, name), self._n_forks)
 
     def move(self, name: str, other: DirectoryProtocol, new: str) -> None:
         """Rename a file into `other`; durable after both were synced, `other` first."""
         assert isinstance(other, Directory)
-        os.rename(name, new, src_dir_fd=self._descriptor, dst_dir_fd=other._descriptor)
+        here, there = self._own(), other._own()
+        os.rename(name, new, src_dir_fd=here, dst_dir_fd=there)
 
-    def close(self) -> None:
-        """Give the descriptor, and with it the lock, back; idempotent."""
-        if self._descriptor >= 0:
-            descriptor, self._descriptor = self._descriptor, -1
-            os.close(descriptor)
 
+#: How often this process, or one that it descends from, was forked. The number of a
+#: process may come again; this one does not.
+_n_forks = 0
 
 #: Directories whose descriptor holds, or held, a lock. A forked child shares it, and
 #: the lock lasts as long as anybody has it: so a child gives it back.
@@ -472,6 +486,8 @@ _locked: weakref.WeakSet[Directory] = weakref.WeakSet()
 
 
 def _unlock_after_fork() -> None:
+    global _n_forks
+    _n_forks += 1
     for directory in list(_locked):
         directory.close()
 

@@ -171,12 +171,12 @@ class Engine:
             failed=self._refusal,
             rotate=lambda: self._try(self._rotate_if_due),
         )
+        _engines.add(self)  # before there are other threads
         self._set_size_max()
         self._pace = Pace(lambda: self._commits.n_writes, self._backlog)
         if options.inline:
             self._pace.hurry()  # who compacts is who commits: a rest would help nobody
         self._compactor = Compactor(self._fail, options.inline)
-        _engines.add(self)
         self._compactor.submit(self._prepare_next, is_brief=True)
         self._compact_if_due()
 
@@ -195,10 +195,7 @@ class Engine:
         if self._commits.is_open:
             return
         if self.is_forked:
-            raise StoreClosedError(
-                "the store belongs to the parent of this forked process: recover it "
-                f"here after that has shut it down ({self._directory.path})"
-            )
+            raise StoreClosedError.in_a_fork(self._directory.path)
         if self._is_closed:
             raise StoreClosedError(f"the store was shut down ({self._directory.path})")
         raise self._failed()
@@ -219,6 +216,8 @@ class Engine:
 
     def _fail(self, error: BaseException) -> None:
         """Keep the first failure; it is never cleared."""
+        if self.is_forked:
+            return  # the parent's store is as it was
         with self._mutex:
             is_first = self._failure is None
             if is_first:
@@ -472,7 +471,7 @@ class Engine:
             self._fail(error)
             if not isinstance(error, Exception):
                 raise
-            raise self._failed() from self._failure
+            raise self._refusal() from self._failure
         finally:
             self._close()
 
@@ -508,8 +507,10 @@ class Engine:
     def forget_after_fork(self) -> None:
         """In a forked child: let go of the files; their directory does of the lock."""
         self.is_forked = True
-        self._commits.close()
-        self._mutex = threading.RLock()  # the parent's may be held for ever here
+        self._commits.forget_after_fork()
+        # The parent's may be held for ever here.
+        self._mutex, self._prepare_mutex = threading.RLock(), threading.Lock()
+        self._compactor.forget_after_fork()
         if self._prepared is not None:
             self._prepared[1].close()
         self._log.close()

@@ -93,6 +93,14 @@ class StoreLockedError(MetastoreError, BlockingIOError):
 class StoreClosedError(MetastoreError, ValueError):
     """The store was shut down, or belongs to the parent of this forked process."""
 
+    @classmethod
+    def in_a_fork(cls, path: str) -> StoreClosedError:
+        """Return the error for what a forked child may not do to its parent's store."""
+        return cls(
+            "the store belongs to the parent of this forked process: recover it here "
+            f"after that has shut it down ({path})"
+        )
+
 
 class StoreFailedError(MetastoreError, OSError):
     """A write or a sync failed; the first failure is the ``__cause__`` and sticks.

@@ -1,4 +1,4 @@
-"""How a store lets go: forgotten, forked, interrupted, or asked by a signal handler.
+"""How a store lets go: forgotten, interrupted, or asked by a signal handler.
 
 Whatever happens, lock and files are given up in the end, and nobody waits for ever.
 """
@@ -27,7 +27,7 @@ from metastore import log as log_module
 from metastore import recovery as recovery_module
 from metastore.directory import Directory
 from test_errors import fail
-from verbs import child, logs, numbered, read, recover_on, run, snapshots, states, write
+from verbs import logs, numbered, read, recover_on, snapshots, states, write
 
 #: Only a test that fails waits so long.
 _SECONDS_MAX = 30
@@ -275,74 +275,6 @@ def test_a_store_whose_progress_is_told_to_its_owner_can_be_forgotten(db):
         del owner
         gc.collect()
     assert read(db) == states(numbered(3))[-1]
-
-
-# Forks
-
-FORKED_AMID_RECOVERY = """
-    import os, sys, warnings
-    from metastore import MetadataStore
-    warnings.simplefilter("ignore", DeprecationWarning)
-    children = []
-
-    def fork(done, total):
-        if not children:
-            children.append(os.fork())
-            if children[0] == 0:
-                print("forked", flush=True)
-                sys.stdin.read()
-                os._exit(0)
-
-    store, recovered = MetadataStore.recover(sys.argv[1], progress=fork)
-    assert len(recovered) == 3
-    store.shutdown()
-    MetadataStore.recover(sys.argv[1])[0].shutdown()
-    print("recovered again", flush=True)
-"""
-
-
-def test_a_child_forked_amid_a_recovery_does_not_hold_the_lock(db):
-    """A pool that another thread starts meanwhile kept the store from opening again."""
-    write(db, [[(key, (key, b""))] for key in (1, 2, 3)])
-    process = child(FORKED_AMID_RECOVERY, db)
-    try:
-        assert process.stdout.readline() == "forked\n"
-        assert process.stdout.readline() == "recovered again\n"
-    finally:
-        _, errors = process.communicate("")
-    assert process.returncode == 0, errors
-
-
-def test_a_child_that_goes_on_with_its_parents_recovery_is_stopped(db):
-    """Both would have had the lock, and have published a log of the same name."""
-    write(db, [[(key, (key, b""))] for key in (1, 2, 3)])
-    done = run(
-        """
-        import os, sys, warnings
-        from metastore import MetadataStore
-        warnings.simplefilter("ignore", DeprecationWarning)
-        parent = os.getpid()
-        children = []
-
-        def fork(done, total):
-            if not children:
-                children.append(os.fork())
-                if children[0]:  # the child goes on alone
-                    _, status = os.waitpid(children[0], 0)
-                    assert os.waitstatus_to_exitcode(status) == 7
-
-        try:
-            store, recovered = MetadataStore.recover(sys.argv[1], progress=fork)
-        except OSError as error:
-            os._exit(7 if os.getpid() != parent else 1)
-        assert os.getpid() == parent
-        store.insert_batch([(4, (4, b""))])
-        store.shutdown()
-        """,
-        db,
-    )
-    assert done.returncode == 0, done.stderr
-    assert read(db) == {key: (key, b"") for key in (1, 2, 3, 4)}
 
 
 # Many files

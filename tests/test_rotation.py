@@ -11,8 +11,8 @@ from metastore.directory import Directory
 class OneWriterDirectory(Directory):
     """Notices a temporary file that is created again before it was published."""
 
-    def __init__(self, descriptor, path):
-        super().__init__(descriptor, path)
+    def __init__(self, *opened):
+        super().__init__(*opened)
         self._mutex = threading.Lock()
         self._unpublished = set()
         self.created_twice = []
