@@ -30,5 +30,9 @@ class Gate:
 
     def wait(self, seconds_max: float = -1) -> None:
         """Return when it is open, or after so long; -1: however long it takes."""
-        if self._lock.acquire(timeout=seconds_max):
-            self.open()  # for the next
+        try:
+            if not self.is_open:
+                self._lock.acquire(timeout=seconds_max)
+        finally:  # an interrupt may come before the lock, which was got, is given on
+            if self.is_open:
+                self.open()

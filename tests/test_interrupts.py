@@ -20,6 +20,7 @@ import pytest
 
 from metastore import MetadataStore, StoreClosedError, StoreFailedError
 from metastore.compaction import Compactor
+from metastore.gate import Gate
 from metastore.pace import Pace
 from metastore.snapshot import _Places
 from verbs import read, together
@@ -116,6 +117,23 @@ def test_of_the_thread_that_compacts():
         assert not compactor._thread.is_alive()
         assert failures == []
         assert done.count("last") <= 1
+
+
+def test_of_a_gate():
+    """Who waited had the lock for a moment; interrupted then, it kept it for good."""
+    for moment in at_each_moment("gate"):
+        gate = Gate()
+        other = threading.Thread(target=gate.wait, daemon=True)
+        other.start()
+        opener = threading.Thread(target=gate.open)
+        with moment:
+            opener.start()
+            gate.wait()
+            gate.wait()
+        opener.join()
+        together(gate.wait)
+        other.join(_SECONDS_MAX)
+        assert not other.is_alive()
 
 
 def test_of_a_rest():
