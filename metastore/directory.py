@@ -354,26 +354,38 @@ class Directory(_Opened):
 
     @classmethod
     def open_or_create(cls, path: str) -> Directory:
-        """Open the directory `path`; if missing, create it and make that durable."""
-        missing = []
-        parent = os.path.normpath(path)
-        while not os.path.lexists(parent):
-            missing.append(parent)
-            parent = os.path.dirname(parent) or "."
+        """Open the directory `path`; if missing, create it; its name is durable then.
+
+        Also where it was there: whoever made it may not have got so far as to sync.
+        """
+        if "\0" in path:
+            raise ValueError(f"a path without null characters is needed, not {path!r}")
+        # As it is: behind a link, `..` is not what a normalised path takes it for.
+        missing, there = [], path.rstrip("/") or path
+        while not os.path.lexists(there):
+            missing.append(there)
+            there = os.path.dirname(there) or "."
+        cls._sync_above(there)
         for name in reversed(missing):
-            os.mkdir(name)
-            with contextlib.closing(
-                cls.open_existing(os.path.dirname(name) or ".")
-            ) as above:
-                above.sync()
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                os.mkdir(name)
+            cls._sync_above(name)
         return cls.open_existing(path)
+
+    @classmethod
+    def _sync_above(cls, path: str) -> None:
+        """Make the name of the directory `path` durable, if we may open its parent."""
+        with contextlib.suppress(PermissionError):
+            parent = cls.open_existing(os.path.join(path, ".."))
+            with contextlib.closing(parent):
+                parent.sync()
 
     @classmethod
     def open_existing(cls, path: str) -> Directory:
         """Open the directory `path`, which must exist."""
         n_forks = _n_forks
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        return cls(os.open(path, flags), path, n_forks)
+        return cls(_above_standard(os.open(path, flags)), path, n_forks)
 
     def network_type(self) -> str | None:
         """Return the type of the network file system that this lies on, if known."""
@@ -443,7 +455,7 @@ class Directory(_Opened):
         except OSError as error:
             error.filename = path
             raise
-        return File(descriptor, path, self._n_forks)
+        return File(_above_standard(descriptor), path, self._n_forks)
 
     def rename(self, old: str, new: str) -> None:
         """Rename atomically; durable after :meth:`sync`."""
@@ -466,7 +478,7 @@ class Directory(_Opened):
             pass
         self.sync()
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        descriptor = os.open(name, flags, dir_fd=self._descriptor)
+        descriptor = _above_standard(os.open(name, flags, dir_fd=self._descriptor))
         return Directory(descriptor, os.path.join(self.path, name), self._n_forks)
 
     def move(self, name: str, other: DirectoryProtocol, new: str) -> None:
@@ -474,6 +486,20 @@ class Directory(_Opened):
         assert isinstance(other, Directory)
         here, there = self._own(), other._own()
         os.rename(name, new, src_dir_fd=here, dst_dir_fd=there)
+
+
+def _above_standard(descriptor: int) -> int:
+    """Return a descriptor that is not one of the standard streams'.
+
+    In a process that was started without them, they are the first that are free; and
+    what somebody writes to stderr all the same would go into a store's file.
+    """
+    if descriptor > 2:
+        return descriptor
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(descriptor)
 
 
 #: How often this process, or one that it descends from, was forked. The number of a

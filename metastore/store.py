@@ -48,7 +48,7 @@ class MetadataStore:
     @classmethod
     def recover(
         cls,
-        path: str | os.PathLike[str],
+        path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
         *,
         log_size_bytes_min: int = 65_536,
         compression_level: int = 1,
@@ -60,7 +60,7 @@ class MetadataStore:
 
         Parameters
         ----------
-        path : str or path-like
+        path : str, bytes or path-like
             The directory. It is created if it is missing, with its parents.
         log_size_bytes_min : int
             A log rotates, and is compacted, when the bytes that are not yet in a
@@ -103,7 +103,7 @@ class MetadataStore:
             progress=progress,
             on_damage=on_damage,
         )
-        directory = Directory.open_or_create(os.fspath(path))
+        directory = Directory.open_or_create(os.fsdecode(path))
         kind = directory.network_type()
         if kind is not None:
             _logger.warning(
