@@ -335,31 +335,40 @@ class Compactor:
     ----------
     on_failure : callable
         Told the exception of a task; no task runs after it.
-    inline : bool
-        Without a thread: tasks run in the caller, so that tests are deterministic.
     """
 
-    def __init__(
-        self, on_failure: Callable[[BaseException], None], inline: bool = False
-    ) -> None:
+    def __init__(self, on_failure: Callable[[BaseException], None]) -> None:
         self._on_failure = on_failure
         self._tasks: queue.SimpleQueue[_Task] = queue.SimpleQueue()
         self._running: list[_Task] = []  # inline a task may submit one
         self._is_stopping = False
         self._ended = Gate()
+        self._ended.open()
         #: Who waits until there is no task, and what is to be done when none runs any
         #: more: by who takes it out.
         self._gates: queue.SimpleQueue[Gate] = queue.SimpleQueue()
         self._lasts: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        if inline:
-            self._ended.open()
-        else:
-            # A daemon, since interpreter exit must not wait for a forgotten store.
-            self._thread = threading.Thread(
-                target=self._work, name="metastore-compactor", daemon=True
-            )
+
+    def start(self) -> None:
+        """Start the thread; without it tasks run in the caller, as tests want it."""
+        self._ended = Gate()
+        # A daemon, since interpreter exit must not wait for a forgotten store.
+        self._thread = threading.Thread(
+            target=self._work, name="metastore-compactor", daemon=True
+        )
+        try:
             self._thread.start()
+        except BaseException:  # an interrupt may come when it runs already
+            self._ask_to_stop()
+            self._ended.open()
+            self._thread = None
+            raise
+
+    @property
+    def is_this_thread(self) -> bool:
+        """Whether the calling thread is that of the tasks."""
+        return self._thread is threading.current_thread()
 
     def submit(self, task: Callable[[], Any], *, is_brief: bool = False) -> None:
         """Queue a task; a brief one waits for no other thread."""
@@ -379,7 +388,7 @@ class Compactor:
     def stop(self) -> None:
         """Let a running task end, drop those that wait, end the thread; idempotent."""
         self._ask_to_stop()
-        if self._thread is not None and self._thread is not threading.current_thread():
+        if self._thread is not None and not self.is_this_thread:
             self._ended.wait()
             self._thread.join()
 

@@ -36,6 +36,7 @@ from metastore.recovery import (
     make_report,
     read_directory,
     remove_obsolete,
+    remove_temporaries,
     settle,
 )
 from metastore.report import StoreStats
@@ -101,12 +102,18 @@ def open_engine(
         raise CorruptionError(directory.path, 0, "file numbers are used up")
     if content.sequence + 1 > SEQUENCE_MAX:
         raise CorruptionError(directory.path, 0, "sequences are used up")
-    quarantined = settle(directory, content)
-    store_id = content.plan.store_id or secrets.token_bytes(STORE_ID_SIZE)
+    # First what gives room, and what may find none: nobody is told which files were set
+    # aside, if the store cannot be opened then.
+    temporaries = remove_temporaries(directory, content)
     name = FileName("log", number)
-    log = LogWriter(directory, name, store_id, content.sequence + 1)
+    file = prepare_log(directory, name)
+    store_id = content.plan.store_id or secrets.token_bytes(STORE_ID_SIZE)
+    quarantined: tuple[str, ...] = ()
+    engine = None
     try:
-        removed = remove_obsolete(directory, content)
+        quarantined = settle(directory, content)
+        log = LogWriter(directory, name, store_id, content.sequence + 1, file)
+        removed = temporaries + remove_obsolete(directory, content)
         report = make_report(
             directory,
             content,
@@ -117,10 +124,15 @@ def open_engine(
         if not report.is_clean:
             _logger.warning("%s", report)
         engine = Engine(directory, options, store_id, content, log)
-    except BaseException:
-        log.close()
+        return engine, Recovered(content.columns, report)
+    except BaseException as error:
+        if quarantined:
+            error.add_note(f"kept, in {directory.path}: {', '.join(quarantined)}")
+        if engine is None:
+            file.close()
+        else:
+            engine.abandon()
         raise
-    return engine, Recovered(content.columns, report)
 
 
 class Engine:
@@ -176,9 +188,15 @@ class Engine:
         self._pace = Pace(lambda: self._commits.n_writes, self._backlog)
         if options.inline:
             self._pace.hurry()  # who compacts is who commits: a rest would help nobody
-        self._compactor = Compactor(self._fail, options.inline)
-        self._compactor.submit(self._prepare_next, is_brief=True)
-        self._compact_if_due()
+        self._compactor = Compactor(self._fail)
+        try:
+            if not options.inline:
+                self._compactor.start()
+            self._compactor.submit(self._prepare_next, is_brief=True)
+            self._compact_if_due()
+        except BaseException:
+            self.abandon()
+            raise
 
     def __str__(self) -> str:
         return f"the store in {self._directory.path}"
@@ -440,11 +458,27 @@ class Engine:
             return
         if self._commits.is_led_here:
             raise RuntimeError("this thread is in the middle of a commit already")
+        if self._compactor.is_this_thread:
+            # A logging handler, told of a failure: who shuts down waits for it.
+            self._shut_down_unless_another_does()
+            return
         with self._shutdown_mutex:  # who comes second returns when all is done
-            if not self.is_released:
+            self._shut_down()
+
+    def _shut_down_unless_another_does(self) -> None:
+        if self._shutdown_mutex.acquire(blocking=False):
+            try:
                 self._shut_down()
+            finally:
+                self._shutdown_mutex.release()
 
     def _shut_down(self) -> None:
+        if not self.is_released:
+            self._end()
+        if self._failure is not None and not self._is_failure_told:
+            raise self._failed()
+
+    def _end(self) -> None:
         # First the thread, which may wait for nothing of ours; then the log.
         self._pace.hurry()
         self._compactor.stop()
@@ -454,8 +488,6 @@ class Engine:
                 self._commits.exclusively(self._seal)
         finally:
             self.abandon()
-        if self._failure is not None and not self._is_failure_told:
-            raise self._failed()
 
     def _seal(self) -> None:
         try:
@@ -479,6 +511,12 @@ class Engine:
         """Let nothing more be written; who leads calls it, so that nobody is at it."""
         self._is_closed = True
         self._commits.close()
+
+    def make_durable(self) -> None:
+        """Sync what was committed, if the store is open; a failure is kept."""
+        if self._commits.is_open and not self._commits.is_led_here:
+            with contextlib.suppress(MetastoreError):
+                self.commit(None, True)
 
     def abandon(self) -> None:
         """Give up files, thread and lock without another write; idempotent.

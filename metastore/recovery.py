@@ -490,16 +490,25 @@ def _remove_old_tails(quarantine: DirectoryProtocol) -> None:
         quarantine.remove(name)
 
 
+def remove_temporaries(
+    directory: DirectoryProtocol, content: Content
+) -> tuple[str, ...]:
+    """Remove what was never published; return the names."""
+    names = content.plan.listing.temporaries
+    for name in names:
+        directory.remove(name)
+    return names
+
+
 def remove_obsolete(directory: DirectoryProtocol, content: Content) -> tuple[str, ...]:
     """Remove what the content read makes superfluous, after the new log stands.
 
     Returns
     -------
     tuple of str
-        The names: temporaries, files that the snapshot contains, logs without batches.
+        The names: files that the snapshot contains, logs without batches.
     """
-    superfluous = [*content.plan.obsolete, *content.empty_logs]
-    names = (*content.plan.listing.temporaries, *map(str, superfluous))
+    names = tuple(map(str, [*content.plan.obsolete, *content.empty_logs]))
     for name in names:
         directory.remove(name)
     return names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import warnings
@@ -27,8 +28,11 @@ _logger = logging.getLogger(__name__)
 Buffer = bytes | bytearray | memoryview
 Batch = Iterable[tuple[int, tuple[int, Buffer] | None]]
 
-_LEVEL_MIN, _LEVEL_MAX = -50, 22
-_THREADS_MAX = 256
+_BOUNDS = {
+    "log_size_bytes_min": (1, 2**63 - 1),
+    "compression_level": (-50, 22),
+    "threads": (1, 256),
+}
 
 
 class MetadataStore:
@@ -42,8 +46,11 @@ class MetadataStore:
         if not isinstance(engine, Engine):
             raise TypeError("a MetadataStore is made by MetadataStore.recover(path)")
         self._engine = engine
-        # Not __del__: it could bring the store back, and misses the interpreter's exit.
-        weakref.finalize(self, _warn_and_abandon, engine)
+        # Not __del__: it could bring the store back. At the exit, _end_stores calls it:
+        # behind handlers that were registered later, and may well shut the store down.
+        self._finalizer = weakref.finalize(self, _warn_and_abandon, engine)
+        self._finalizer.atexit = False
+        _stores.add(self)
 
     @classmethod
     def recover(
@@ -103,15 +110,7 @@ class MetadataStore:
             progress=progress,
             on_damage=on_damage,
         )
-        directory = Directory.open_or_create(os.fsdecode(path))
-        kind = directory.network_type()
-        if kind is not None:
-            _logger.warning(
-                "%s lies on a network file system (%s): lock and sync may not hold",
-                directory.path,
-                kind,
-            )
-        return cls._open(directory, options)
+        return cls._open(Directory.open_or_create(os.fsdecode(path)), options)
 
     @classmethod
     def _recover_in(
@@ -124,12 +123,18 @@ class MetadataStore:
     def _open(
         cls, directory: DirectoryProtocol, options: Options
     ) -> tuple[MetadataStore, Recovered]:
+        engine = None
         try:
+            if isinstance(directory, Directory):
+                _warn_of_a_network(directory)
             engine, recovered = open_engine(directory, options)
+            return cls(engine), recovered
         except BaseException:
-            directory.close()
+            if engine is None:
+                directory.close()
+            else:
+                engine.abandon()
             raise
-        return cls(engine), recovered
 
     def insert_batch(self, batch: Batch, *, sync: bool = True) -> int:
         """Write records as one atomic batch.
@@ -250,15 +255,21 @@ class MetadataStore:
         return f"<MetadataStore: {self._engine}>"
 
 
+def _warn_of_a_network(directory: Directory) -> None:
+    kind = directory.network_type()
+    if kind is not None:
+        _logger.warning(
+            "%s lies on a network file system (%s): lock and sync may not hold",
+            directory.path,
+            kind,
+        )
+
+
 def _options(**options: Any) -> Options:
-    """Check the options of ``recover``."""
-    if "log_size_bytes_min" in options:
-        integer_in("log_size_bytes_min", options["log_size_bytes_min"], 1, 2**63 - 1)
-    if "compression_level" in options:
-        level = options["compression_level"]
-        integer_in("compression_level", level, _LEVEL_MIN, _LEVEL_MAX)
-    if options.get("threads") is not None:
-        integer_in("threads", options["threads"], 1, _THREADS_MAX)
+    """Check the options of ``recover``; its integers become ints of Python."""
+    for name, (low, high) in _BOUNDS.items():
+        if name in options and not (name == "threads" and options[name] is None):
+            options[name] = integer_in(name, options[name], low, high)
     if options.get("progress") is not None and not callable(options["progress"]):
         raise TypeError("progress must be callable")
     if options.get("on_damage", "raise") not in ("raise", "prefix"):
@@ -266,6 +277,20 @@ def _options(**options: Any) -> Options:
             f'on_damage must be "raise" or "prefix", not {options["on_damage"]!r}'
         )
     return Options(**options)
+
+
+_stores: weakref.WeakSet[MetadataStore] = weakref.WeakSet()
+
+
+def _end_stores() -> None:
+    for store in list(_stores):
+        # For handlers that come later: a shutdown that finds all given up is one all
+        # the same.
+        store._engine.make_durable()
+        store._finalizer()
+
+
+atexit.register(_end_stores)
 
 
 def _warn_and_abandon(engine: Engine) -> None:

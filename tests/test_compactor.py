@@ -22,6 +22,7 @@ def failures():
 @pytest.fixture
 def compactor(failures):
     compactor = Compactor(failures.append)
+    compactor.start()
     yield compactor
     together(compactor.stop)
 
@@ -47,7 +48,9 @@ def begun(compactor, **options):
 
 @pytest.mark.parametrize("inline", [False, True])
 def test_tasks_run_in_order_and_so_do_theirs(failures, inline):
-    compactor = Compactor(failures.append, inline)
+    compactor = Compactor(failures.append)
+    if not inline:
+        compactor.start()
     done = []
 
     def ask(n):
@@ -119,6 +122,7 @@ def test_nobody_waits_for_a_thread_that_could_not_tell_its_failure(monkeypatch):
     raised = []
     monkeypatch.setattr(threading, "excepthook", raised.append)
     compactor, done = Compactor(refuse), []
+    compactor.start()
     compactor.submit(lambda: 1 // 0)
     together(compactor.wait_idle)
     together(functools.partial(compactor.stop_then, lambda: done.append("last")))
@@ -135,7 +139,7 @@ def test_the_last_is_done_at_once_if_nothing_runs(compactor):
 
 
 def test_the_last_of_an_inline_one(failures):
-    compactor, done = Compactor(failures.append, inline=True), []
+    compactor, done = Compactor(failures.append), []
     compactor.submit(
         lambda: (compactor.stop_then(lambda: done.append("last")), done.append("task"))
     )
@@ -186,6 +190,7 @@ def test_a_task_may_stop_its_own_thread(compactor, failures):
 def test_the_last_of_many_is_done_once_whoever_ends(failures):
     for _ in range(200):
         compactor, done = Compactor(failures.append), []
+        compactor.start()
         compactor.submit(lambda: None)
         together(
             *(

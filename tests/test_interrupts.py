@@ -104,6 +104,7 @@ def test_of_the_thread_that_compacts():
     for moment in at_each_moment("compaction"):
         failures, done = [], []
         compactor = Compactor(failures.append)
+        compactor.start()
         with moment:
             compactor.submit(functools.partial(done.append, "task"))
             compactor.wait_idle()

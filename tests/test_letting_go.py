@@ -189,15 +189,16 @@ def test_a_failure_may_be_looked_at_by_who_logs_it():
 def collecting_in(
     monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
 ) -> Iterator[Callable[[], None]]:
-    """Let nothing collect garbage but the first call of a function, once it may.
+    """Let nothing collect garbage but a thread's first call of a function, once it may.
 
     The context is what lets it, and returns when it has.
     """
     allowed, collected = threading.Event(), threading.Event()
+    me = threading.current_thread()
     right = getattr(module, name)
 
     def collect_first(*arguments: object) -> object:
-        if not collected.is_set():
+        if threading.current_thread() is not me and not collected.is_set():
             assert allowed.wait(_SECONDS_MAX)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import errno
+import itertools
+import logging
 import os
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from metastore import MetadataStore, StoreLockedError
-from verbs import numbered, read, states, write
+from metastore import (
+    MetadataStore,
+    StoreClosedError,
+    StoreFailedError,
+    StoreLockedError,
+)
+from metastore import engine as engine_module
+from metastore.directory import Directory
+from verbs import content, logs, numbered, read, run, states, together, write
+
+_SECONDS_MAX = 30
+
 
 # The directory
 
@@ -143,3 +158,196 @@ def test_a_process_without_standard_streams(db):
     done = subprocess.run(["sh", "-c", shell, "sh", *command], timeout=60, check=False)
     assert done.returncode == 0
     assert read(db) == {1: (1, b""), 2: (2, b""), 3: (3, b"")}
+
+
+AT_THE_EXIT = """
+import atexit, sys
+
+def clean_up():
+    store.shutdown()
+    stats = store.stats()
+    print(stats.sequence, stats.sequence_durable, flush=True)
+
+if sys.argv[2] == "before":
+    atexit.register(clean_up)
+from metastore import MetadataStore
+store, _ = MetadataStore.recover(sys.argv[1])
+store.insert_batch([(1, (1, b""))], sync=False)
+if sys.argv[2] == "after":
+    atexit.register(clean_up)
+"""
+
+
+@pytest.mark.parametrize("registered", ["before", "after"])
+def test_a_shutdown_at_the_exit_makes_durable(db, registered):
+    """The store had been given up by then, and the shutdown returned all the same."""
+    done = run(AT_THE_EXIT, db, registered)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "1 1\n"
+    assert read(db) == {1: (1, b"")}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_an_interrupt_when_all_is_opened_gives_the_lock_up(db):
+    """Between the engine and its face nobody gave up either, nor the thread."""
+    before = threading.active_count()
+
+    class Interrupt(BaseException):
+        pass
+
+    for at in itertools.count():
+        moments = itertools.count()
+        where = []
+
+        def profile(frame, event, argument, at=at, moments=moments, where=where):
+            names = [frame.f_code.co_qualname]
+            if frame.f_back is not None:
+                names.append(frame.f_back.f_code.co_qualname)
+            opening = ("Engine.__init__", "MetadataStore.__init__", "open_engine")
+            if set(names) & set(opening) and next(moments) == at:
+                sys.setprofile(None)
+                where.append(names)
+                raise Interrupt
+
+        store = None
+        sys.setprofile(profile)
+        try:
+            store, _ = MetadataStore.recover(db)
+        except Interrupt:
+            pass
+        finally:
+            sys.setprofile(None)
+        if store is not None:
+            store.shutdown()
+        if not where:
+            break
+        for thread in threading.enumerate():
+            if thread.name == "metastore-compactor":
+                thread.join(_SECONDS_MAX)
+        assert threading.active_count() == before, where
+        assert read(db) == {}, where
+    assert at > 50
+
+
+def test_a_logging_handler_that_shuts_down_beside_a_shutdown(db, monkeypatch):
+    """It waited for the shutdown, which waited for the thread that it was told in."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def failing(*_arguments, **_options):
+        begun.set()
+        assert go_on.wait(_SECONDS_MAX)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(engine_module, "compact", failing)
+    store, _ = MetadataStore.recover(db)
+    told = []
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            told.append(record)
+            store.shutdown()
+
+    raised = []
+
+    def tried(call):
+        try:
+            call()
+        except (StoreFailedError, StoreClosedError) as error:
+            raised.append(error)
+
+    def compact():
+        tried(store.compact)
+
+    def shut_down():
+        assert begun.wait(_SECONDS_MAX)
+        stop = store._engine._compactor.stop
+
+        def stop_and_let_fail():
+            go_on.set()
+            stop()
+
+        monkeypatch.setattr(store._engine._compactor, "stop", stop_and_let_fail)
+        tried(store.shutdown)
+
+    handler = Handler()
+    logger = logging.getLogger("metastore.engine")
+    logger.addHandler(handler)
+    try:
+        store.insert_batch([(1, (1, b""))])
+        together(compact, shut_down)
+    finally:
+        logger.removeHandler(handler)
+    assert len(told) == 1
+    assert any(isinstance(error, StoreFailedError) for error in raised)
+    assert read(db) == {1: (1, b"")}
+
+
+@pytest.mark.parametrize(
+    "threads",
+    [np.uint8(128), np.int8(100), type("N", (), {"__index__": lambda _: 2})()],
+)
+def test_threads_by_another_kind_of_integer(db, threads):
+    """It was checked, and then computed with: 2 * 128 is 0 among bytes."""
+    write(db, numbered(3))
+    assert read(db, threads=threads) == states(numbered(3))[-1]
+
+
+# A full disk
+
+
+def fail_to_create(monkeypatch, *, logs_only):
+    right = Directory.create
+
+    def create(directory, name):
+        if name.startswith("log_") or not logs_only:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+        return right(directory, name)
+
+    monkeypatch.setattr(Directory, "create", create)
+
+
+def test_a_disk_filled_by_what_was_never_published(db, monkeypatch):
+    """A failed compaction left it; opening failed before it came to remove it."""
+    write(db, numbered(3))
+    garbage = db / "snapshot_0000000000000001.tmp"
+    garbage.write_bytes(bytes(1000))
+    fail_to_create(monkeypatch, logs_only=True)
+    with pytest.raises(OSError, match="No space"):
+        MetadataStore.recover(db)
+    assert not garbage.exists()
+    monkeypatch.undo()
+    assert read(db) == states(numbered(3))[-1]
+
+
+def test_nothing_is_set_aside_for_a_store_that_cannot_be_opened(db, monkeypatch):
+    """The next opening found no damage any more, and told nobody of a log less."""
+    for batch in numbered(3):
+        write(db, [batch])
+    logs(db)[1].unlink()
+    fail_to_create(monkeypatch, logs_only=True)
+    with pytest.raises(OSError, match="No space"):
+        MetadataStore.recover(db, on_damage="prefix")
+    monkeypatch.undo()
+    with pytest.raises(Exception, match="missing"):
+        MetadataStore.recover(db)
+    store, recovered = MetadataStore.recover(db, on_damage="prefix")
+    store.shutdown()
+    assert f"quarantine/{logs(db)[-1].name}" not in recovered.report.quarantined
+    assert "quarantine/log_0000000000000003" in recovered.report.quarantined
+    assert content(recovered) == states(numbered(1))[-1]
+
+
+def test_what_was_set_aside_is_told_with_a_later_failure(db, monkeypatch):
+    for batch in numbered(3):
+        write(db, [batch])
+    logs(db)[1].unlink()
+
+    def failing(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(engine_module, "remove_obsolete", failing)
+    with pytest.raises(OSError, match="Input/output") as caught:
+        MetadataStore.recover(db, on_damage="prefix")
+    (note,) = caught.value.__notes__
+    assert f"quarantine/{Path(logs(db)[-1]).name[:4]}" in note
