@@ -118,6 +118,7 @@ def repair(
             contextlib.closing(Directory.open_or_create(destination))
         )
         new.lock()
+        _check_empty(new)  # until the lock another repair may have ended there
         return repair_into(
             sources,
             new,
@@ -137,10 +138,15 @@ def _check_destination(source: str, destination: str) -> None:
         )
     if os.path.lexists(destination):
         with contextlib.closing(Directory.open_existing(destination)) as directory:
-            if directory.names():
-                raise MetastoreError(
-                    f"the destination is not empty: name a new one ({destination})"
-                )
+            _check_empty(directory)
+
+
+def _check_empty(destination: Directory) -> None:
+    if destination.names():
+        raise MetastoreError(
+            "the destination is not empty, and nothing in it was touched: "
+            f"name a new one ({destination.path})"
+        )
 
 
 def repair_into(
