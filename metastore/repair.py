@@ -25,10 +25,15 @@ from metastore.directory import (
     parse_listing,
 )
 from metastore.errors import CorruptionError, MetastoreError
-from metastore.format import STORE_ID_SIZE, snapshot_seed
+from metastore.format import (
+    FILE_HEADER_SIZE,
+    STORE_ID_SIZE,
+    FileHeader,
+    snapshot_seed,
+)
 from metastore.look import open_store
 from metastore.parallel import default_threads
-from metastore.recovery import Progress, read_directory, read_headers
+from metastore.recovery import Progress, read_headers
 from metastore.repair_copy import Copy
 from metastore.repair_report import Range, RepairedFile, RepairReport
 from metastore.salvage import (
@@ -95,8 +100,8 @@ def repair(
     FormatVersionError
         If a file is of a version that this release cannot read.
     OSError
-        What the operating system says. `destination` is then not finished, and no
-        store opens in it.
+        What the operating system says. `destination` is then not finished: it opens
+        with ``on_damage="prefix"`` only, or holds the whole result, read back.
     """
     source, destination = os.fspath(source), os.fspath(destination)
     with contextlib.ExitStack() as stack:
@@ -172,7 +177,8 @@ def repair_into(
     holder_pid : int, optional
         The process that holds the source.
     """
-    # Until the end no store opens in the destination: a log without a header is damage.
+    # A log without a header is damage: so the destination does not open, unless with
+    # on_damage="prefix", until what it holds was read back.
     guard = FileName("log", 1)
     new.create(str(guard)).close()
     new.sync()
@@ -187,15 +193,10 @@ def repair_into(
     finally:
         original.close()
         quarantine.close()
-    _write(new, columns, plan.sequence)
+    name = _write(new, columns, plan.sequence)
+    _check_result(new, name, columns, plan.sequence, threads)
     new.remove(str(guard))
     new.sync()
-    try:
-        _check_result(new, columns, plan.sequence, threads)
-    except BaseException:
-        new.create(str(guard)).close()
-        new.sync()
-        raise
     return RepairReport(
         source=sources[""].path,
         destination=new.path,
@@ -559,27 +560,34 @@ def _lay_over(columns: Columns, blocks: Sequence[Block], threads: int) -> Column
 # ---- write ----
 
 
-def _write(new: DirectoryProtocol, columns: Columns, sequence: int) -> None:
-    """Publish one snapshot, of a store of its own."""
+def _write(new: DirectoryProtocol, columns: Columns, sequence: int) -> FileName:
+    """Publish one snapshot, of a store of its own; return its name."""
     store_id = secrets.token_bytes(STORE_ID_SIZE)
-    writer = SnapshotWriter(new, FileName("snapshot", 1), store_id, sequence)
+    name = FileName("snapshot", 1)
+    writer = SnapshotWriter(new, name, store_id, sequence)
     try:
         for part in split_into_blocks(columns):
             writer.encode_and_put(part, _COMPRESSION_LEVEL)
         writer.publish()
     finally:
         writer.close()
+    return name
 
 
 def _check_result(
-    new: DirectoryProtocol, columns: Columns, sequence: int, threads: int
+    new: DirectoryProtocol,
+    name: FileName,
+    columns: Columns,
+    sequence: int,
+    threads: int,
 ) -> None:
-    """Read the new store as a recovery would, and compare."""
-    content = read_directory(new, on_damage="raise", threads=threads, progress=None)
-    if content.sequence != sequence or not all(
-        np.array_equal(
-            getattr(columns, field.name), getattr(content.columns, field.name)
-        )
+    """Read the snapshot as a recovery would, and compare."""
+    with contextlib.closing(new.open(str(name))) as file:
+        data = bytes(file.read(0, FILE_HEADER_SIZE))
+        header = FileHeader.unpack(data, name.kind, name.number, file.path)
+        found = SnapshotReader(file, header).read_all(threads)
+    if header.sequence != sequence or not all(
+        np.array_equal(getattr(columns, field.name), getattr(found, field.name))
         for field in dataclasses.fields(Columns)
     ):
         raise CorruptionError(

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 import verbs
-from metastore import repair
-from metastore.errors import MetastoreError
+from metastore import MetadataStore, repair
+from metastore.columns import Columns
+from metastore.directory import DirectoryProtocol, FileName
+from metastore.errors import CorruptionError, MetastoreError
 
 # The destination
 
@@ -43,3 +45,39 @@ def test_two_repairs_do_not_share_a_destination(
     assert verbs.read(tmp_path / "new") == verbs.states(verbs.numbered(4))[-1]
     copy = tmp_path / "new" / "quarantine" / "original"
     assert verbs.files(copy) == verbs.files(first)
+
+
+def test_the_destination_does_not_open_before_it_was_read_back(
+    db: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill while the result was read left a store that opened all the same."""
+    verbs.write(db, verbs.numbered(3))
+    check = repair._check_result
+    seen = []
+
+    def look_and_check(*arguments: object) -> None:
+        seen.append(verbs.files(tmp_path / "new"))
+        check(*arguments)
+
+    monkeypatch.setattr(repair, "_check_result", look_and_check)
+    repair.repair(db, tmp_path / "new")
+    verbs.put(tmp_path / "killed", seen[0])
+    with pytest.raises(CorruptionError):
+        MetadataStore.recover(tmp_path / "killed")
+
+
+def test_other_records_than_those_written_are_no_result(
+    db: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read back is compared, record by record."""
+    verbs.write(db, verbs.numbered(3))
+    write = repair._write
+
+    def write_less(new: DirectoryProtocol, columns: Columns, last: int) -> FileName:
+        return write(new, columns.part(0, len(columns) - 1), last)
+
+    monkeypatch.setattr(repair, "_write", write_less)
+    with pytest.raises(CorruptionError, match="read back"):
+        repair.repair(db, tmp_path / "new")
+    with pytest.raises(CorruptionError):
+        MetadataStore.recover(tmp_path / "new")
