@@ -210,6 +210,8 @@ def repair_into(
         missing=tuple(plan.missing),
         left_out=tuple(plan.left_out),
         files=tuple(found.files),
+        store_id=found.store_id.hex() if found.store_id else None,
+        n_foreign=found.n_foreign,
         original=f"{QUARANTINE}/{ORIGINAL}",
         n_copied=copy.n_files,
         copied_size=copy.size,
@@ -237,6 +239,10 @@ class _Found:
     """What the files hold."""
 
     files: list[RepairedFile] = dataclasses.field(default_factory=list)
+    #: The id of the store, where a header tells it.
+    store_id: bytes | None = None
+    #: How many files are of other stores.
+    n_foreign: int = 0
     #: The newest whole snapshot: its records and its sequence.
     base: Columns = dataclasses.field(default_factory=lambda: Columns.allocate(0, 0))
     base_sequence: int = 0
@@ -262,6 +268,8 @@ def _take_apart(directory: DirectoryProtocol, threads: int) -> _Found:
             for file in files
         ]
         return found
+    ids = (file.header.store_id for file in files if file.header)
+    found.store_id = next((one for one in ids if snapshot_seed(one) == seed), None)
     taking = _Taking(directory, seed, threads, found)
     taking.take_all(files)
     found.files.sort(key=lambda file: (not file.name.startswith("snapshot"), file.name))
@@ -308,6 +316,7 @@ class _Taking:
             else:
                 fate = f"of another store, {header.store_id.hex()}: not used"
                 self._found.files.append(_rejected(file, fate))
+                self._found.n_foreign += 1
 
     def _contained(self) -> Iterator[tuple[int, int]]:
         yield self._base_number, self._found.base_sequence

@@ -57,6 +57,10 @@ class RepairReport:
     #: Those of whole batches behind the prefix, if only that was asked for.
     left_out: tuple[Range, ...]
     files: tuple[RepairedFile, ...]
+    #: In hex: the store whose files were used. None where no whole header tells.
+    store_id: str | None
+    #: How many files are of other stores, and were not used.
+    n_foreign: int
     #: Where the copy lies, relative to the destination; its files and their bytes.
     original: str
     n_copied: int
@@ -78,11 +82,12 @@ class RepairReport:
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing that was found damaged had anything to lose."""
+        """Whether nothing that was found had anything to lose which was not saved."""
         return (
             not self.missing
             and not self.left_out
             and not self.unreadable
+            and not self.n_foreign  # which store was meant, nothing here can tell
             and not any(file.gaps or file.blocks_lost for file in self.files)
         )
 
@@ -110,6 +115,8 @@ class RepairReport:
             f"complete up to batch {self.prefix_sequence:,}"
         )
         yield f"  next batch: {self.sequence + 1:,}"
+        if self.store_id is not None:
+            yield f"  files used: of store {self.store_id}"
         yield (
             f"  copied: {self.n_copied:,} files, {self.copied_size:,} bytes, "
             f"into {self.original}"
@@ -124,6 +131,11 @@ class RepairReport:
             yield f"missing: batches {_ranges(self.missing)}"
         if self.left_out:
             yield f"left out, behind the damage: batches {_ranges(self.left_out)}"
+        if self.n_foreign:
+            yield (
+                f"NOT USED: {self.n_foreign:,} of the files above, of another store: "
+                "to save that one, repair a directory that holds its files only"
+            )
         if not self.is_prefix:
             yield (
                 "NOT A PREFIX: the result may hold batches behind others that are "

@@ -5,6 +5,8 @@ Each test tells what a review of the repair found.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ from metastore import MetadataStore, repair
 from metastore.columns import Columns
 from metastore.directory import DirectoryProtocol, FileName
 from metastore.errors import CorruptionError, MetastoreError
+
+Run = Callable[..., tuple[int, str, str]]
 
 # The destination
 
@@ -81,3 +85,35 @@ def test_other_records_than_those_written_are_no_result(
         repair.repair(db, tmp_path / "new")
     with pytest.raises(CorruptionError):
         MetadataStore.recover(tmp_path / "new")
+
+
+# Strangers' files
+
+
+def test_the_user_s_store_beside_more_files_of_another_is_no_complete_result(
+    tmp_path: Path, run: Run
+) -> None:
+    """One log beside three stray ones: the strays were saved, "nothing missing"."""
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    verbs.write(mine, verbs.numbered(4))
+    for number in range(1, 4):
+        verbs.write_open(other, verbs.numbered(1, number))
+    (own,) = verbs.logs(mine)
+    for number, log in enumerate(verbs.logs(other), 16):
+        (mine / f"log_{number:016x}").write_bytes(log.read_bytes())
+    chosen, left = (
+        verbs.logs(path)[0].read_bytes()[16:32].hex() for path in (other, mine)
+    )
+    status, output, _ = run("repair", mine, tmp_path / "new")
+    assert status == 1
+    assert f"files used: of store {chosen}\n" in output
+    assert f"{own.name}  {own.stat().st_size:,} bytes, of another store, {left}" in (
+        output
+    )
+    assert "NOT USED: 1 of the files above" in output
+    assert "nothing is known to be missing" not in output
+    status, output, _ = run("repair", "--json", mine, tmp_path / "newer")
+    report = json.loads(output)
+    assert status == 1
+    assert (report["store_id"], report["n_foreign"]) == (chosen, 1)
+    assert report["is_complete"] is False
