@@ -25,6 +25,8 @@ from metastore.errors import CorruptionError, FormatVersionError, MetastoreError
 from metastore.format import (
     FILE_HEADER_SIZE,
     FRAME_HEADER_SIZE,
+    NUMBER_MAX,
+    SEQUENCE_MAX,
     FileHeader,
     log_seed,
     size_without_zeros,
@@ -351,7 +353,8 @@ def _verify(directory: Directory, threads: int, progress: Progress) -> Verificat
     if isinstance(found.damage, FormatVersionError):
         raise found.damage
     assert found.damage is None or isinstance(found.damage, CorruptionError)
-    content = found.content
+    damage = found.damage or _used_up(directory, found)
+    content = None if damage else found.content
     return Verification(
         path=directory.path,
         files=_check_files(directory, found, threads),
@@ -363,8 +366,17 @@ def _verify(directory: Directory, threads: int, progress: Progress) -> Verificat
         unknown=found.listing.unknown,
         quarantined_sizes=_quarantined_sizes(directory),
         holder_pid=directory._lock_holder(),
-        damage=found.damage,
+        damage=damage,
     )
+
+
+def _used_up(directory: Directory, found: Inspection) -> CorruptionError | None:
+    """Return what a store is refused for, though each file of it is whole."""
+    if found.listing.number_max >= NUMBER_MAX:
+        return CorruptionError(directory.path, 0, "file numbers are used up")
+    if found.content is not None and found.content.sequence >= SEQUENCE_MAX:
+        return CorruptionError(directory.path, 0, "sequences are used up")
+    return None
 
 
 def _check_files(

@@ -27,6 +27,7 @@ from metastore.directory import (
 from metastore.errors import CorruptionError, MetastoreError
 from metastore.format import (
     FILE_HEADER_SIZE,
+    SEQUENCE_MAX,
     STORE_ID_SIZE,
     FileHeader,
     snapshot_seed,
@@ -499,6 +500,7 @@ def _decide(found: _Found, prefix_only: bool) -> _Plan:
     if prefix_only:
         left_out = list(_without((prefix + 1, found.sequence_known), missing))
     last = prefix if prefix_only else max(found.sequence_known, prefix, told)
+    last = min(last, SEQUENCE_MAX - 1)  # or the new store could not be opened
     return _Plan(
         base=found.base,
         runs=_between(found.runs, found.base_sequence + 1, last),

@@ -32,6 +32,7 @@ from metastore.format import (
     KIND_BATCH,
     KIND_BLOCK,
     KIND_END,
+    SEQUENCE_MAX,
     STORE_ID_SIZE,
     TRAILER_SIZE,
     FileHeader,
@@ -266,12 +267,18 @@ class _Frames:
         self.path = path
 
     def head_at(self, offset: int) -> _Head | None:
-        """Return the header at `offset` if its checksum agrees."""
+        """Return the header at `offset` if its checksum agrees.
+
+        One whose sequence no frame can have, or none behind which a store goes on, is
+        forged, and is no header.
+        """
         data = bytes(self.view[offset : offset + FRAME_HEADER_SIZE])
         if len(data) < FRAME_HEADER_SIZE:
             return None
         stored, kind, _, _, sequence, _, n_records, _, _, _ = _FRAME_HEADER.unpack(data)
         if stored != _codec.crc32c(data[4:], self.seed) ^ CHECKSUM_XOR:
+            return None
+        if sequence >= SEQUENCE_MAX:
             return None
         size = _codec.frame_size(data, 0)
         return _Head(offset, kind, sequence, n_records, size)
@@ -283,8 +290,8 @@ class _Frames:
             if offset < 0:
                 return
             head = self.head_at(offset)
-            assert head is not None
-            yield head
+            if head is not None:
+                yield head
             offset += 8
 
     def last_nonzero(self, start: int) -> int:
@@ -382,6 +389,8 @@ class _LogWalk:
     def __init__(self, frames: _Frames, bound: int | None) -> None:
         self._frames = frames
         self._bound = bound
+        #: A batch of this sequence, or of a later one, does not count.
+        self._stop = SEQUENCE_MAX if bound is None else min(bound, SEQUENCE_MAX)
         self._expected = 0
         self._first: int | None = None
         self.found = LogSalvage([], [], None, 0)
@@ -452,13 +461,14 @@ class _LogWalk:
             if place + FRAME_HEADER_SIZE <= self._frames.size:
                 size = max(size, _codec.frame_size(self._frames.view, place))
             data = self._frames.view[place : place + size]
-            n_wanted = _WINDOW_FRAMES
-            if self._bound is not None:
-                n_wanted = min(n_wanted, self._bound - self._expected)
+            # At least one, since where batches have to end a log may end as well.
+            n_wanted = max(1, min(_WINDOW_FRAMES, self._stop - self._expected))
             table = new_table(n_wanted)
             n, used, status = _codec.scan_frames(
                 data, 0, self._frames.seed, self._expected, table
             )
+            if n and self._expected == SEQUENCE_MAX:
+                return place, _codec.STATUS_BAD_SEQUENCE
             if n:
                 columns, m, bad = decode(data, table[:n])
                 self._take(table[:m], columns)

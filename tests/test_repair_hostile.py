@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import oracle
 import verbs
 from metastore import MetadataStore, repair
 from metastore.columns import Columns
@@ -117,3 +118,102 @@ def test_the_user_s_store_beside_more_files_of_another_is_no_complete_result(
     assert status == 1
     assert (report["store_id"], report["n_foreign"]) == (chosen, 1)
     assert report["is_complete"] is False
+
+
+# Forged frames
+
+
+def forged(path: Path, *sequences: int) -> Path:
+    """Three batches; the header of 2 is damaged, 3 and more have these sequences."""
+    store_id = bytes(range(16))
+    data = oracle.write_log(store_id, 1, 1, [[(1, 1, b"")], [(2, 2, b"")]])
+    at = oracle.frame_offsets(data)[1]
+    data = oracle.flip_bit(data[: oracle.frame_offsets(data)[2]], at + 20)
+    seed = oracle.file_seed(data)
+    for sequence in sequences:
+        payload = oracle.pack_plain([(77, 5, b"forged")])
+        data += oracle.pack_frame(
+            seed, oracle.BATCH, payload, sequence=sequence, durable=2
+        )
+    verbs.put(path, {oracle.file_name("log", 1): data})
+    return path
+
+
+LAST = oracle.SEQUENCE_MAX
+FORGED = [[2**64 - 1], [LAST + 6], [LAST + 1], [LAST], [LAST, LAST + 1]]
+
+
+@pytest.mark.parametrize("sequences", FORGED)
+def test_a_sequence_that_no_batch_can_have_is_no_batch(
+    sequences: list[int], db: Path, tmp_path: Path, run: Run
+) -> None:
+    """Repair and verify ended in OverflowError, or the result was one that is refused.
+
+    With the last sequence of all the repair ended well, and no store opened.
+    """
+    assert run("verify", forged(db, *sequences))[0] == 1
+    status, output, _ = run("repair", db, tmp_path / "new")
+    assert status == 1
+    assert "not saved" in output
+    assert verbs.read(tmp_path / "new") == {1: (1, b"")}
+
+
+@pytest.mark.parametrize("sequences", FORGED)
+def test_such_a_sequence_does_not_tell_where_a_log_without_header_begins(
+    sequences: list[int], db: Path, tmp_path: Path
+) -> None:
+    """The first frame is all that says which batch the first one is."""
+    store_id = bytes(range(16))
+    second = oracle.write_log(store_id, 2, 2, [])[:64]
+    for sequence in (*sequences, 2):
+        payload = oracle.pack_plain([(sequence % 100, 5, b"")])
+        seed = oracle.file_seed(second)
+        second += oracle.pack_frame(seed, oracle.BATCH, payload, sequence=sequence)
+    first = oracle.write_log(store_id, 1, 1, [[(1, 1, b"")]])
+    names = [oracle.file_name("log", number) for number in (1, 2)]
+    verbs.put(db, {names[0]: first, names[1]: bytes(64) + second[64:]})
+    report = repair.repair(db, tmp_path / "new")
+    assert report.sequence == 2
+    assert verbs.read(tmp_path / "new") == {1: (1, b""), 2: (5, b"")}
+
+
+def test_the_last_batch_behind_which_a_store_goes_on_is_saved(
+    db: Path, tmp_path: Path
+) -> None:
+    """What may not be believed begins one further."""
+    report = repair.repair(forged(db, LAST - 1, LAST), tmp_path / "new")
+    assert report.sequence == LAST - 1
+    assert verbs.read(tmp_path / "new") == {1: (1, b""), 77: (5, b"forged")}
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_snapshot_with_the_last_sequence_is_saved_into_a_store_that_opens(
+    is_damaged: bool, db: Path, tmp_path: Path, run: Run
+) -> None:
+    """Verify called it sound, recovery refused it, and so it did what repair made."""
+    data = oracle.write_snapshot(bytes(range(16)), 1, LAST, [[(1, 1, b"")]])
+    if is_damaged:
+        data = oracle.flip_bit(data, 20)
+    verbs.put(db, {oracle.file_name("snapshot", 1): data})
+    status, output, errors = run("verify", "--json", db)
+    assert status == 1
+    assert json.loads(output)["sound"] is False
+    assert is_damaged or "sequences are used up" in errors
+    with pytest.raises(CorruptionError):
+        MetadataStore.recover(db)
+    repair.repair(db, tmp_path / "new")
+    assert verbs.read(tmp_path / "new") == {1: (1, b"")}
+    assert run("verify", tmp_path / "new")[0] == 0
+
+
+def test_verify_refuses_where_file_numbers_are_used_up(db: Path, run: Run) -> None:
+    """Recovery refuses such a store, and verify called it sound."""
+    number = oracle.NUMBER_MAX
+    data = oracle.write_log(bytes(range(16)), number, 1, [[(1, 1, b"")]])
+    verbs.put(db, {oracle.file_name("log", number): data})
+    with pytest.raises(CorruptionError, match="used up"):
+        MetadataStore.recover(db)
+    status, output, errors = run("verify", db)
+    assert status == 1
+    assert "recovery refuses this store" in output
+    assert "file numbers are used up" in errors
