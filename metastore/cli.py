@@ -17,6 +17,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import TextIO
 
 from metastore import demo, repair
 from metastore.errors import CorruptionError, MetastoreError
@@ -48,8 +49,8 @@ _EPILOG = """\
 exit status:
   0    fine; if verify says on the standard error that a file is damaged which a
        snapshot contains, nothing is lost with it
-  1    damage in the store, something lost that repair could not save, or a difference
-       found by the demo
+  1    damage in the store, something lost or left out that repair could not save, or
+       a difference found by the demo
   2    wrong usage, no store, or an error of the operating system
   130  interrupted
   141  nobody reads the output any more
@@ -297,6 +298,8 @@ def _number(least: int) -> Callable[[str], int]:
         value = int(text)
         if value < least:
             raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        if value > sys.maxsize:  # more than Python can count to in a loop
+            raise argparse.ArgumentTypeError(f"{value} is more than {sys.maxsize}")
         return value
 
     return number
@@ -446,7 +449,11 @@ def _one_line(text: str) -> str:
 
 
 def _complain(text: str) -> None:
-    print(f"metastore: {_one_line(text)}", file=sys.stderr)
+    # Where nobody reads it, the exit status still has to tell.
+    try:
+        print(f"metastore: {_one_line(text)}", file=sys.stderr, flush=True)
+    except OSError:
+        _give_up(sys.stderr)
 
 
 def _judge(damage: MetastoreError | None) -> int:
@@ -466,12 +473,37 @@ def _text(error: BaseException) -> str:
     return str(error)
 
 
+def _open_streams() -> None:
+    """Put the null device in the place of the streams that the caller closed.
+
+    Descriptors first: else a file of a store gets that to which a library in C, or
+    Python as it ends, writes its errors.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest that is free
+    if sys.stdout is None:
+        sys.stdout = _stream(1)
+    if sys.stderr is None:
+        sys.stderr = _stream(2)
+
+
+def _stream(descriptor: int) -> TextIO:
+    return open(descriptor, "w", encoding="utf-8", closefd=False)
+
+
 def _close_output() -> None:
-    """Give up on output that cannot be written, or Python complains when it exits."""
     try:
         sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up(sys.stdout)
+
+
+def _give_up(stream: TextIO) -> None:
+    """Forget output that cannot be written, or Python complains when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -484,6 +516,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     # What a recovery dropped is part of the output; an error is told once.
     logging.getLogger("metastore").addHandler(logging.NullHandler())
+    _open_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Names of files are bytes: not each is text, or text that this output can say.
         sys.stdout.reconfigure(errors="backslashreplace")

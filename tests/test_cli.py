@@ -422,6 +422,51 @@ def test_output_that_cannot_be_written_is_an_error(store: Path) -> None:
     assert "No space left" in done.stderr
 
 
+def status_of(store: Path, command: str, redirection: str) -> int:
+    """Run a command in a shell, where streams can be closed."""
+    line = f'exec "$0" -m metastore {command} {redirection}'
+    return subprocess.run(
+        ["sh", "-c", line, sys.executable, str(store)],
+        stdout=subprocess.DEVNULL,
+        check=False,
+    ).returncode
+
+
+@pytest.mark.parametrize(
+    ("command", "redirection"),
+    [("info", ">&-"), ("verify", "2>&-"), ("dump", "<&- >&- 2>&-")],
+)
+def test_a_closed_stream_is_no_damage(
+    command: str, redirection: str, store: Path
+) -> None:
+    """Where Python has None for a stream the command ended in a traceback, status 1."""
+    assert status_of(store, f'{command} "$1"', redirection) == 0
+    assert status_of(store, f'{command} "$1/missing"', redirection) == 2
+
+
+def test_damage_is_told_where_every_stream_is_closed(store: Path) -> None:
+    damaged(store)
+    assert status_of(store, 'verify "$1"', "<&- >&- 2>&-") == 1
+
+
+@pytest.mark.parametrize(("name", "status"), [("missing", 2), ("", 1)])
+def test_the_status_is_told_where_nobody_reads_the_errors(
+    name: str, status: int, store: Path
+) -> None:
+    """The complaint itself failed, and Python made that status 1, or 120."""
+    damaged(store)
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [*COMMAND, "verify", str(store / name)],
+        stdout=subprocess.DEVNULL,
+        stderr=writing,
+        check=False,
+    )
+    os.close(writing)
+    assert done.returncode == status
+
+
 # They only look
 
 
@@ -620,6 +665,7 @@ def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
         ["info", "a", "b"],
         ["dump", "--limit", "-1", "db"],
         ["dump", "--limit", "x", "db"],
+        ["dump", "--limit", "99999999999999999999", "db"],
         ["demo", "--threads", "0"],
         ["demo", "--kills", "-1"],
     ):
