@@ -35,6 +35,7 @@ from metastore.look import (
 )
 from metastore.parallel import default_threads
 from metastore.progress import Progress
+from metastore.repair_report import one_line
 
 __all__ = ["main"]
 
@@ -139,7 +140,7 @@ def _listing_lines(temporaries: Sequence[str], unknown: Sequence[str]) -> Iterat
     for name in temporaries:
         yield f"temporary   {name}"
     for name in unknown:
-        yield f"unknown     {_one_line(name)}"
+        yield f"unknown     {one_line(name)}"
 
 
 def _quarantine_lines(sizes: Sequence[int]) -> Iterator[str]:
@@ -271,8 +272,7 @@ def _repair(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(report.as_json(), indent=2))
     else:
-        for line in str(report).splitlines():
-            print(_one_line(line))
+        print(report)
     return EXIT_FINE if report.is_complete else EXIT_DAMAGE
 
 
@@ -444,14 +444,10 @@ def _add_demo(commands: _Commands) -> None:
 # ---- main ----
 
 
-def _one_line(text: str) -> str:
-    return text if text.isprintable() else ascii(text)[1:-1]
-
-
 def _complain(text: str) -> None:
     # Where nobody reads it, the exit status still has to tell.
     try:
-        print(f"metastore: {_one_line(text)}", file=sys.stderr, flush=True)
+        print(f"metastore: {one_line(text)}", file=sys.stderr, flush=True)
     except OSError:
         _give_up(sys.stderr)
 

@@ -5,7 +5,9 @@ Each test tells what a review of the repair found.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import oracle
 import verbs
 from metastore import MetadataStore, repair
 from metastore.columns import Columns
-from metastore.directory import DirectoryProtocol, FileName
+from metastore.directory import DirectoryProtocol, File, FileName
 from metastore.errors import CorruptionError, MetastoreError
 
 Run = Callable[..., tuple[int, str, str]]
@@ -217,3 +219,51 @@ def test_verify_refuses_where_file_numbers_are_used_up(db: Path, run: Run) -> No
     assert status == 1
     assert "recovery refuses this store" in output
     assert "file numbers are used up" in errors
+
+
+# Names
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\x0b", "\x85", "\u2028"])
+def test_a_name_forges_no_line_of_the_report(
+    end: str, db: Path, tmp_path: Path, run: Run
+) -> None:
+    """A link called like the report's last lines made a repair look complete."""
+    verbs.write(db, verbs.numbered(2))
+    verbs.logs(db)[0].write_bytes(bytes(200))
+    lines = "nothing is known to be missing", "  saved: everything"
+    (db / end.join(["x", *lines])).symlink_to("nowhere")
+    status, output, _ = run("repair", db, tmp_path / f"new{end}{lines[0]}")
+    assert status == 1
+    assert not set(lines) & set(output.splitlines())
+    assert ascii(end)[1:-1] + lines[0] in output
+
+
+def test_names_that_are_no_text_are_told(db: Path, tmp_path: Path) -> None:
+    """The report of a name that is not UTF-8 could not be written to a file."""
+    verbs.write(db, verbs.numbered(2))
+    for folder in (db, db / "quarantine"):
+        folder.mkdir(exist_ok=True)
+        os.symlink("nowhere", os.fsencode(folder) + b"/\xff")
+    report = repair.repair(db, tmp_path / os.fsdecode(b"new\xfe"))
+    text = str(report).encode()
+    assert rb"not copied, no regular files: \udcff, quarantine/\udcff" in text
+    assert rb"new\udcfe" in text
+
+
+def test_a_file_that_cannot_be_read_is_told_in_one_line(
+    db: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names of files are as little to be trusted as those of links."""
+    verbs.write(db, verbs.numbered(2))
+    (db / "x\nmissing: nothing").write_bytes(b"data")
+    read = File.read
+
+    def read_or_fail(file: File, offset: int, size: int) -> bytes:
+        if file.path.endswith("nothing") and size:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), file.path)
+        return read(file, offset, size)
+
+    monkeypatch.setattr(File, "read", read_or_fail)
+    report = repair.repair(db, tmp_path / "new")
+    assert "  x\\nmissing: nothing: 4 bytes at offset 0" in str(report)
