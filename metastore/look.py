@@ -265,13 +265,19 @@ def _last_nonzero(file: FileProtocol) -> int:
 
 
 def _quarantined_sizes(directory: Directory) -> list[int]:
-    """Return the sizes of all files there; what repair copied lies one level down."""
+    """Return the sizes of all files there; what repair copied lies one level down.
+
+    None where `quarantine` is something else, as a link: what is behind it is not ours.
+    """
 
     def fail(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
             raise error
 
-    walk = os.walk(os.path.join(directory.path, QUARANTINE), onerror=fail)
+    path = os.path.join(directory.path, QUARANTINE)
+    if os.path.islink(path) or not os.path.isdir(path):
+        return []
+    walk = os.walk(path, onerror=fail)
     return [
         os.lstat(os.path.join(folder, name)).st_size
         for folder, _, names in walk

@@ -115,8 +115,9 @@ def repair(
                 raise
             # Versions are looked at once more in the copy, which has zeros there.
         sources: dict[str, DirectoryProtocol] = {"": old}
-        if (QUARANTINE, False) in old.names():
-            path = os.path.join(source, QUARANTINE)
+        path = os.path.join(source, QUARANTINE)
+        # Through a link might come files of another directory, DEST among them.
+        if os.path.isdir(path) and not os.path.islink(path):
             sources[f"{QUARANTINE}/"] = stack.enter_context(
                 contextlib.closing(Directory.open_existing(path))
             )

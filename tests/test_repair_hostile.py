@@ -267,3 +267,52 @@ def test_a_file_that_cannot_be_read_is_told_in_one_line(
     monkeypatch.setattr(File, "read", read_or_fail)
     report = repair.repair(db, tmp_path / "new")
     assert "  x\\nmissing: nothing: 4 bytes at offset 0" in str(report)
+
+
+def dangling(path: Path, new: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+def to_the_destination(path: Path, new: Path) -> None:
+    new.mkdir()
+    path.symlink_to(new)
+
+
+def to_other_files(path: Path, new: Path) -> None:
+    other = new.with_name("other")
+    other.mkdir()
+    (other / "secret").write_bytes(b"not the store's")
+    path.symlink_to(other)
+
+
+def fifo(path: Path, new: Path) -> None:
+    os.mkfifo(path)
+
+
+def file(path: Path, new: Path) -> None:
+    path.write_bytes(b"no directory")
+
+
+@pytest.mark.parametrize(
+    "make", [dangling, to_the_destination, to_other_files, fifo, file]
+)
+def test_a_quarantine_that_is_no_directory_is_not_followed(
+    make: Callable[[Path, Path], None], db: Path, tmp_path: Path, run: Run
+) -> None:
+    """A link was followed, into DEST as well; any but a directory ended the repair."""
+    verbs.write(db, verbs.numbered(3))
+    new = tmp_path / "new"
+    make(db / "quarantine", new)
+    for command in ("info", "verify"):
+        status, output, errors = run(command, db)
+        assert (status, errors) == (0, "")
+        assert "quarantine  " not in output
+    report = repair.repair(db, new)
+    assert report.is_complete
+    assert verbs.read(new) == verbs.states(verbs.numbered(3))[-1]
+    copy = verbs.files(new / report.original)
+    if make is file:
+        assert copy["quarantine"] == b"no directory"
+    else:
+        assert report.not_copied == ("quarantine",)
+        assert "quarantine" not in copy
