@@ -60,6 +60,10 @@ _WINDOW_SIZE = 1 << 20
 _WINDOW_FRAMES = 1 << 14
 #: Headers that are tried for the seed of a file whose own header is gone.
 _SEED_TRIES_MAX = 256
+#: How often the bytes of such a file are checksummed, on average: what may be a header
+#: costs as many bytes as it claims. Whole frames need one pass, damaged a little more;
+#: but where made-up headers stand side by side, each may claim all that is behind it.
+_SEED_PASSES_MAX = 16
 #: Header checksums that must agree on a seed before it is believed.
 _SEED_VOTES_MIN = 2
 #: Batch, block and end, plain or packed, and two zeros, as a header's bytes 4 to 8.
@@ -196,12 +200,16 @@ def _seed_votes(file: Evidence) -> Iterator[int]:
 def _plausible_heads(view: memoryview) -> Iterator[bytes]:
     """Yield frame headers whose payload is whole; what lies inside one is passed by."""
     place = 0
+    left = _SEED_PASSES_MAX * len(view)
     for offset in _plausible_headers(view):
         if offset < place:
             continue
         head = bytes(view[offset : offset + FRAME_HEADER_SIZE])
         payload_size = int.from_bytes(head[32:40], "little")
         start = offset + FRAME_HEADER_SIZE
+        if payload_size > min(left, len(view) - start):
+            continue
+        left -= payload_size
         computed = _codec.crc32c(view[start : start + payload_size]) ^ CHECKSUM_XOR
         if computed == int.from_bytes(head[28:32], "little"):
             place = offset + _codec.frame_size(head, 0)
