@@ -64,7 +64,7 @@ _REPAIR = """\
 Saves what is provably whole from a damaged store into a new one. DIR is only read.
 DEST, which must be missing or empty, gets
 
-  quarantine/original   a copy of every file of DIR, made first
+  quarantine/original   a copy of every file in DIR and DIR/quarantine, made first
   snapshot_...          the new store; it opens as any other
 
 By default every batch is saved whose frame is whole, also behind missing ones, and

@@ -1,8 +1,8 @@
 """Repair: save what is provably whole from a damaged store into a new one.
 
-The damaged directory is only read. First every byte of it is copied (``repair_copy``),
-then the copy is taken apart, and what is whole goes into one snapshot, which is read
-back.
+The damaged directory is only read. First its files and those of its quarantine are
+copied byte for byte (``repair_copy``), then the copy is taken apart, and what is whole
+goes into one snapshot, which is read back.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def repair(
         The directory of the damaged store. It is only read, and no lock is taken.
     destination : str or path-like
         Where the new store is to be: a directory that is missing or empty. It also
-        gets a copy of every file of `source`, in ``quarantine/original``.
+        gets a copy of every regular file of `source` and of its ``quarantine``, in
+        ``quarantine/original``; further directories and links are named, not copied.
     prefix_only : bool
         Save only the longest run of batches, from the first on, of which none is
         missing. Otherwise every whole batch is saved, and every whole block of a

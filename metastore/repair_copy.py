@@ -1,4 +1,4 @@
-"""Every byte of some directories into another, whatever the medium gives.
+"""Every file of some directories into another, whatever the medium gives.
 
 A repair begins with this, so that nothing which it gets wrong can lose anything.
 """
@@ -44,7 +44,7 @@ class Copy:
         self.n_files = 0
         #: Bytes copied.
         self.size = 0
-        #: Names that are no regular files.
+        #: Names of all else, as links and directories, whatever is in these.
         self.not_copied: list[str] = []
         #: Bytes that the medium would not give; zeros in the copy.
         self.unreadable: dict[str, tuple[Gap, ...]] = {}

@@ -65,7 +65,8 @@ class RepairReport:
     original: str
     n_copied: int
     copied_size: int
-    #: Names that were not copied: they are no regular files.
+    #: Names that were not copied: links, directories with all that is in them, and
+    #: whatever else is no regular file.
     not_copied: tuple[str, ...]
     #: Bytes that the source's medium would not give; zeros in the copy.
     unreadable: Mapping[str, tuple[Gap, ...]]
@@ -123,7 +124,7 @@ class RepairReport:
         )
         if self.not_copied:
             names = ", ".join(map(one_line, self.not_copied))
-            yield f"  not copied, no regular files: {names}"
+            yield f"  not copied, directories or links or the like: {names}"
         for name, gaps in self.unreadable.items():
             yield from (f"  {one_line(name)}: {_place(gap)}" for gap in gaps)
         for file in self.files:

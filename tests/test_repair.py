@@ -744,15 +744,18 @@ def test_a_sound_store_is_copied_whole(store: Path, tmp_path: Path, run: Run) ->
     assert verbs.read(tmp_path / "new") == verbs.states(verbs.numbered(10))[-1]
 
 
-def test_everything_in_the_directory_is_copied(damaged: Path, tmp_path: Path) -> None:
+def test_every_file_in_the_directory_is_copied(damaged: Path, tmp_path: Path) -> None:
     (damaged / "notes.txt").write_bytes(b"not ours")
     (damaged / "log_00000000000000ff.tmp").write_bytes(b"left over")
     (damaged / "quarantine").mkdir(exist_ok=True)
     (damaged / "quarantine" / "torn_log").write_bytes(b"older")
+    (damaged / "quarantine" / "original").mkdir()
+    (damaged / "quarantine" / "original" / "log").write_bytes(b"of an earlier repair")
     (damaged / "folder").mkdir()
     (damaged / "link").symlink_to("notes.txt")
     report = repair.repair(damaged, tmp_path / "new")
-    assert set(report.not_copied) == {"folder", "link"}
+    assert set(report.not_copied) == {"folder", "link", "quarantine/original"}
+    assert "not copied, directories or links or the like: " in str(report)
     copy = tmp_path / "new" / report.original
     assert (copy / "notes.txt").read_bytes() == b"not ours"
     assert (copy / "quarantine" / "torn_log").read_bytes() == b"older"
