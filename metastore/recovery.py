@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 
@@ -47,7 +48,9 @@ Headers = Mapping[FileName, FileHeader | CorruptionError]
 
 #: How many torn tails stay in quarantine; they hold nothing that was acknowledged.
 _TORN_TAILS_MAX = 8
-_TORN_PREFIX = "torn_"
+#: What tells names in quarantine apart that are given a second time, and so on.
+_SUFFIX = r"(?:\.([2-9]|[1-9][0-9]+))?"
+_TORN_NAME = re.compile(rf"torn_log_([0-9a-f]{{16}})_([0-9a-f]{{16}}){_SUFFIX}")
 _COPY_SIZE = 1 << 20
 
 _WAY_OUT = (
@@ -422,72 +425,120 @@ def settle(directory: DirectoryProtocol, content: Content) -> tuple[str, ...]:
     torn = content.torn
     if torn is None and not content.set_aside and content.damaged_log is None:
         return ()
-    quarantine = directory.subdirectory(QUARANTINE)
-    kept = []
-    try:
-        taken = {name for name, _ in quarantine.names()}
+    with contextlib.closing(directory.subdirectory(QUARANTINE)) as target:
+        quarantine = _Quarantine(directory, target)
         if torn is not None:
             name, offset, size = torn
-            new = _free_name(f"{_TORN_PREFIX}{name}_{offset:016x}", taken)
-            _copy(directory, str(name), offset, size, quarantine, new)
-            kept.append(new)
+            quarantine.copy(name, f"torn_{name}_{offset:016x}", offset, size)
         if content.damaged_log is not None:
-            new = _free_name(str(content.damaged_log), taken)
-            _copy(directory, str(content.damaged_log), 0, None, quarantine, new)
-            kept.append(new)
-        quarantine.sync()
+            quarantine.copy(content.damaged_log, str(content.damaged_log), 0, None)
+        target.sync()
         # From the newest down, so that a crash never leaves a hole between two logs.
         for name in sorted(set(content.set_aside), key=lambda n: -n.number):
-            new = _free_name(str(name), taken)
-            directory.move(str(name), quarantine, new)
-            quarantine.sync()
-            directory.sync()
-            kept.append(new)
-        _remove_old_tails(quarantine)
-    finally:
-        quarantine.close()
-    return tuple(f"{QUARANTINE}/{name}" for name in kept)
+            quarantine.move(name)
+        quarantine.remove_old_tails()
+        return tuple(f"{QUARANTINE}/{name}" for name in quarantine.kept)
 
 
-def _free_name(name: str, taken: set[str]) -> str:
-    free = name
-    n = 1
-    while free in taken:
-        n += 1
-        free = f"{name}.{n}"
-    taken.add(free)
-    return free
+class _Quarantine:
+    """What is in ``quarantine/``, and what this recovery keeps there.
+
+    People and programs may have put there what they like: nothing is removed, or taken
+    for a copy, but a regular file whose name is exactly one that is given here.
+    """
+
+    def __init__(self, directory: DirectoryProtocol, target: DirectoryProtocol) -> None:
+        self._directory = directory
+        self._target = target
+        self._names = dict(target.names())
+        self.kept: list[str] = []
+
+    def copy(self, name: FileName, base: str, offset: int, size: int | None) -> None:
+        """Keep a part of a file under this name, or the next one that is free.
+
+        A recovery that failed has kept the same before: that copy is enough. One more
+        each time would fill what is full already, and push out other torn tails.
+        """
+        with contextlib.closing(self._directory.open(str(name))) as file:
+            part = file, offset, file.size() - offset if size is None else size
+            new = self._find_copy(base, *part) or self._free_name(base)
+            if new not in self._names:
+                _copy(*part, self._target, new)
+        self._keep(new)
+
+    def move(self, name: FileName) -> None:
+        """Move a file here; durable on return."""
+        new = self._free_name(str(name))
+        self._directory.move(str(name), self._target, new)
+        self._target.sync()
+        self._directory.sync()
+        self._keep(new)
+
+    def _keep(self, name: str) -> None:
+        self._names[name] = True
+        self.kept.append(name)
+
+    def _suffixes(self, base: str) -> dict[int, str]:
+        """Return the names that were given for `base`, by their number."""
+        pattern = re.compile(re.escape(base) + _SUFFIX)
+        matches = map(pattern.fullmatch, self._names)
+        return {int(match[1] or 1): match[0] for match in matches if match}
+
+    def _free_name(self, base: str) -> str:
+        """Return the name behind all that were given: it must be known as the newest.
+
+        One that became free, since the oldest tails are removed, is older than all.
+        """
+        taken = self._suffixes(base)
+        return f"{base}.{max(taken) + 1}" if taken else base
+
+    def _find_copy(
+        self, base: str, file: FileProtocol, offset: int, size: int
+    ) -> str | None:
+        for name in self._suffixes(base).values():
+            if self._names[name]:
+                with contextlib.closing(self._target.open(name)) as copy:
+                    if _is_copy(copy, file, offset, size):
+                        return name
+        return None
+
+    def remove_old_tails(self) -> None:
+        """Remove all torn tails but the newest, and those that were just kept."""
+        tails = {
+            (match[1], match[2], int(match[3] or 1)): match[0]
+            for match in map(_TORN_NAME.fullmatch, self._names)
+            if match and self._names[match[0]]
+        }
+        kept = set(self.kept) & set(tails.values())
+        others = [name for _, name in sorted(tails.items()) if name not in kept]
+        for name in others[: max(0, len(tails) - _TORN_TAILS_MAX)]:
+            self._target.remove(name)
+
+
+def _pieces(offset: int, size: int) -> Iterator[tuple[int, int]]:
+    for at in range(offset, offset + size, _COPY_SIZE):
+        yield at, min(_COPY_SIZE, offset + size - at)
 
 
 def _copy(
-    source: DirectoryProtocol,
-    name: str,
-    offset: int,
-    size: int | None,
-    target: DirectoryProtocol,
-    new: str,
+    file: FileProtocol, offset: int, size: int, target: DirectoryProtocol, new: str
 ) -> None:
-    old_file = source.open(name)
-    try:
-        new_file = target.create(new)
-        try:
-            end = old_file.size() if size is None else offset + size
-            for at in range(offset, end, _COPY_SIZE):
-                data = old_file.read(at, min(_COPY_SIZE, end - at))
-                new_file.write([data], at - offset)
-            new_file.sync()
-        finally:
-            new_file.close()
-    finally:
-        old_file.close()
+    with contextlib.closing(target.create(new)) as copy:
+        for at, n in _pieces(offset, size):
+            copy.write([file.read(at, n)], at - offset)
+        copy.sync()
 
 
-def _remove_old_tails(quarantine: DirectoryProtocol) -> None:
-    tails = sorted(
-        name for name, _ in quarantine.names() if name.startswith(_TORN_PREFIX)
+def _is_copy(copy: FileProtocol, file: FileProtocol, offset: int, size: int) -> bool:
+    """Return whether a file holds a part of another, on the medium too."""
+    if copy.size() != size:
+        return False
+    # Who made it may have died, or failed, before its sync.
+    copy.sync()
+    copy.drop_cache()
+    return all(
+        copy.read(at - offset, n) == file.read(at, n) for at, n in _pieces(offset, size)
     )
-    for name in tails[:-_TORN_TAILS_MAX]:
-        quarantine.remove(name)
 
 
 def remove_temporaries(
