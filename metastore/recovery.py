@@ -51,6 +51,13 @@ _TORN_TAILS_MAX = 8
 #: What tells names in quarantine apart that are given a second time, and so on.
 _SUFFIX = r"(?:\.([2-9]|[1-9][0-9]+))?"
 _TORN_NAME = re.compile(rf"torn_log_([0-9a-f]{{16}})_([0-9a-f]{{16}}){_SUFFIX}")
+#: Until a copy is whole; what a crash leaves of one is removed by the next.
+_TEMPORARY_SUFFIX = r"\.tmp"
+_TEMPORARY_NAME = re.compile(
+    r"(?:torn_log_[0-9a-f]{16}_[0-9a-f]{16}|log_[0-9a-f]{16})"
+    + _SUFFIX
+    + _TEMPORARY_SUFFIX
+)
 _COPY_SIZE = 1 << 20
 
 _WAY_OUT = (
@@ -452,6 +459,10 @@ class _Quarantine:
         self._target = target
         self._names = dict(target.names())
         self.kept: list[str] = []
+        for name, is_file in [*self._names.items()]:
+            if is_file and _TEMPORARY_NAME.fullmatch(name):
+                target.remove(name)
+                del self._names[name]
 
     def copy(self, name: FileName, base: str, offset: int, size: int | None) -> None:
         """Keep a part of a file under this name, or the next one that is free.
@@ -478,24 +489,24 @@ class _Quarantine:
         self._names[name] = True
         self.kept.append(name)
 
-    def _suffixes(self, base: str) -> dict[int, str]:
-        """Return the names that were given for `base`, by their number."""
-        pattern = re.compile(re.escape(base) + _SUFFIX)
+    def _given(self, base: str) -> dict[str, int]:
+        """Return the names that were given for `base`, with their numbers."""
+        pattern = re.compile(f"{re.escape(base)}{_SUFFIX}(?:{_TEMPORARY_SUFFIX})?")
         matches = map(pattern.fullmatch, self._names)
-        return {int(match[1] or 1): match[0] for match in matches if match}
+        return {match[0]: int(match[1] or 1) for match in matches if match}
 
     def _free_name(self, base: str) -> str:
         """Return the name behind all that were given: it must be known as the newest.
 
         One that became free, since the oldest tails are removed, is older than all.
         """
-        taken = self._suffixes(base)
-        return f"{base}.{max(taken) + 1}" if taken else base
+        given = self._given(base)
+        return f"{base}.{max(given.values()) + 1}" if given else base
 
     def _find_copy(
         self, base: str, file: FileProtocol, offset: int, size: int
     ) -> str | None:
-        for name in self._suffixes(base).values():
+        for name in self._given(base):
             if self._names[name]:
                 with contextlib.closing(self._target.open(name)) as copy:
                     if _is_copy(copy, file, offset, size):
@@ -523,17 +534,26 @@ def _pieces(offset: int, size: int) -> Iterator[tuple[int, int]]:
 def _copy(
     file: FileProtocol, offset: int, size: int, target: DirectoryProtocol, new: str
 ) -> None:
-    with contextlib.closing(target.create(new)) as copy:
-        for at, n in _pieces(offset, size):
-            copy.write([file.read(at, n)], at - offset)
-        copy.sync()
+    """Copy a part of a file; the name is given to what is whole and synced."""
+    temporary = f"{new}.tmp"
+    try:
+        with contextlib.closing(target.create(temporary)) as copy:
+            for at, n in _pieces(offset, size):
+                copy.write([file.read(at, n)], at - offset)
+            copy.sync()
+        target.rename(temporary, new)
+    except BaseException:
+        # The space may be what is missing. Who cannot tidy up leaves it to the next.
+        with contextlib.suppress(OSError, MetastoreError):
+            target.remove(temporary)
+        raise
 
 
 def _is_copy(copy: FileProtocol, file: FileProtocol, offset: int, size: int) -> bool:
     """Return whether a file holds a part of another, on the medium too."""
     if copy.size() != size:
         return False
-    # Who made it may have died, or failed, before its sync.
+    # An earlier release gave the name first: its sync may have failed.
     copy.sync()
     copy.drop_cache()
     return all(

@@ -143,13 +143,14 @@ def test_what_people_put_there_is_left_alone(db: Path, name: str) -> None:
     assert len(set(after) & {*tails, torn_name(image)}) == 8
 
 
-def test_a_directory_in_the_way_of_a_copy_is_passed_by():
+@pytest.mark.parametrize("suffix", ["", ".tmp"])
+def test_a_directory_in_the_way_of_a_copy_is_passed_by(suffix):
     image = torn()
     name = torn_name(image)
-    image["quarantine"] = {name: {"mine": b""}}
+    image["quarantine"] = {name + suffix: {"mine": b""}}
     recovered, after = recovered_from(image)
     assert recovered.report.quarantined == (f"quarantine/{name}.2",)
-    assert after["quarantine"] == {name: {"mine": b""}, f"{name}.2": TAIL}
+    assert after["quarantine"] == {name + suffix: {"mine": b""}, f"{name}.2": TAIL}
 
 
 def test_a_copy_of_a_damaged_log_is_made_once():
@@ -164,3 +165,31 @@ def test_a_copy_of_a_damaged_log_is_made_once():
     assert list(recovered) == [
         (k, *v) for k, v in sorted(states(numbered(1))[1].items())
     ]
+
+
+@pytest.mark.parametrize("kind", ["create", "write", "sync", "rename"])
+@pytest.mark.parametrize("start", ["torn_log", "log_.*1"], ids=["tail", "log"])
+def test_a_copy_that_fails_leaves_nothing(start, kind):
+    """A part of it stayed under the final name: each try left one more."""
+    image = torn() if start == "torn_log" else damaged()
+    for _ in range(2):
+        image = failing(image, kind, start, on_damage="prefix")
+        assert image["quarantine"] == {}
+    recovered, after = recovered_from(image, on_damage="prefix")
+    (kept,) = recovered.report.quarantined
+    name = newest_log(image)
+    expected = TAIL if start == "torn_log" else image[name]
+    assert after["quarantine"] == {kept.removeprefix("quarantine/"): expected}
+
+
+def test_a_part_of_a_copy_that_a_crash_left_is_removed():
+    """And nothing that only looks like one: who put that there may want it."""
+    image = torn()
+    name = torn_name(image)
+    mine = {f"{name}.tmp.tmp": b"", f"torn_log_{2:016x}.tmp": b"", "log_1.tmp": b""}
+    folder = {f"log_{9:016x}.3.tmp": {"mine": b""}}
+    left = {f"{name}.tmp": TAIL[:7], f"{name}.2.tmp": b"", f"log_{7:016x}.tmp": b"x"}
+    image["quarantine"] = {**mine, **folder, **left}
+    recovered, after = recovered_from(image)
+    assert recovered.report.quarantined == (f"quarantine/{name}",)
+    assert after["quarantine"] == {**mine, **folder, name: TAIL}
