@@ -19,8 +19,8 @@ class ReadAhead:
     Left to itself the system reads of a map only where a thread already waits. Asked by
     advice, it fills the cache page by page, at half the speed of calls that read; and
     threads that touch what is on its way slow it down. So threads of their own read,
-    and who works on the map waits for them. If everything is in the cache there are
-    none. Not thread-safe.
+    and who works on the map waits for them. If :func:`is_cached` says that everything
+    is there, there are none. Not thread-safe.
 
     Parameters
     ----------

@@ -93,6 +93,7 @@ class SnapshotReader:
 
     def _read_structure(self) -> None:
         trailer_at = max(self.size - TRAILER_SIZE, 0)
+        self._file.fetch(trailer_at, self.size - trailer_at)
         trailer = bytes(self.view[trailer_at:])
         self.end_offset, _ = unpack_trailer(trailer, self._seed, self.path, trailer_at)
         self._file.fetch(self.end_offset, trailer_at - self.end_offset)

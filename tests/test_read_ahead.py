@@ -13,7 +13,12 @@ import pytest
 
 from metastore import MetadataStore, _codec, directory, log, read_ahead, snapshot
 from metastore.directory import Directory, File, FileName
-from metastore.format import FILE_HEADER_SIZE, FRAME_HEADER_SIZE, FileHeader
+from metastore.format import (
+    FILE_HEADER_SIZE,
+    FRAME_HEADER_SIZE,
+    TRAILER_SIZE,
+    FileHeader,
+)
 from metastore.read_ahead import ReadAhead
 from metastore.snapshot import SnapshotReader
 
@@ -191,14 +196,18 @@ def test_a_damaged_block_ends_the_reading_too(store_path, nothing_cached, monkey
 
 
 def test_headers_are_asked_for_one_by_one(store_path, asked):
-    """The headers of the blocks lie far apart: each is asked for, nothing between."""
+    """The headers of the blocks lie far apart: each is asked for, nothing between.
+
+    The trailer was touched in the map before anybody had read it: SIGBUS.
+    """
     file, header = _open(store_path)
     reader = SnapshotReader(file, header)
     reader.check_headers()
     file.close()
     offsets = reader.index["offset"].tolist()
-    index, *headers = asked
-    assert index[0] == reader.end_offset
+    trailer, index, *headers = asked
+    assert trailer == (reader.size - TRAILER_SIZE, reader.size)
+    assert index == (reader.end_offset, trailer[0])
     assert headers == [(offset, offset + FRAME_HEADER_SIZE) for offset in offsets]
 
 
@@ -361,38 +370,104 @@ def test_a_part_is_read_whole_whatever_its_size(tmp_path, monkeypatch):
     file.close()
 
 
-@LINUX
-def test_a_failed_read_ahead_is_no_failure(store_path, nothing_cached, monkeypatch):
-    """What the system cannot do ahead, it does where the map is touched."""
+def _mapped(path, size):
+    path.write_bytes(bytes(size))
+    with contextlib.closing(Directory.open_existing(str(path.parent))) as where:
+        file = where.open(path.name)
+    return file, file.view()
 
-    def refuse(*_):
-        raise OSError(errno.EINVAL, "planted")
 
-    file, header = _open(store_path)
-    monkeypatch.setattr(os, "preadv", refuse)
-    reader = SnapshotReader(file, header)
-    assert len(reader.read_all()) == reader.n_records
+@pytest.mark.parametrize("size", [1, 4_097, _MIB, 3 * _MIB + 5, 8 * _MIB])
+@pytest.mark.parametrize("missing", [0.0, 0.5, 1.0])
+def test_of_a_small_map_no_page_is_taken_for_another(
+    tmp_path, monkeypatch, size, missing
+):
+    file, view = _mapped(tmp_path / "file", size)
+    n_pages = -(-size // mmap.PAGESIZE)
+    absent = round(missing * (n_pages - 1))
+    start = np.frombuffer(view, np.uint8).ctypes.data
+
+    def mincore(address, n_bytes, there):
+        first = (address - start) // mmap.PAGESIZE
+        for page in range(first, first + -(-n_bytes // mmap.PAGESIZE)):
+            there[page - first] = 0xFE | (page != absent)
+        return 0
+
+    monkeypatch.setattr(directory, "_mincore", mincore)
+    assert not directory.is_cached(view, _MIB)
+    absent = -1
+    assert directory.is_cached(view, _MIB)
     file.close()
 
 
 @LINUX
+def test_the_header_of_a_small_file_does_not_stand_for_all_of_it(tmp_path):
+    """A file of up to a MiB counted as cached because its header had just been read.
+
+    Nothing else of it was read before it was touched: where the medium failed, SIGBUS.
+    """
+    file, view = _mapped(tmp_path / "file", 900 * _KIB)
+    _drop_cache(file.path)
+    file.read(0, FILE_HEADER_SIZE)
+    assert _resident_pages(file.path)[0]
+    assert not directory.is_cached(view, _MIB)
+    file.read(0, 900 * _KIB)
+    assert directory.is_cached(view, _MIB)
+    file.close()
+
+
+def test_a_large_map_is_asked_for_a_page_of_each_step(tmp_path, monkeypatch):
+    file, view = _mapped(tmp_path / "file", 8 * _MIB + 1)
+    start = np.frombuffer(view, np.uint8).ctypes.data
+    asked = []
+    monkeypatch.setattr(
+        directory, "_mincore", lambda at, size, there: asked.append((at - start, size))
+    )
+    assert directory.is_cached(view, _MIB)  # and so it is where nobody can tell
+    assert asked == [(at * _MIB, 1) for at in range(9)]
+    file.close()
+
+
+_NO_READ = (errno.EIO, errno.EINVAL, errno.ESTALE, errno.ENODATA, errno.ETIMEDOUT)
+
+
+@LINUX
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("number", _NO_READ, ids=errno.errorcode.get)
 def test_a_medium_that_cannot_be_read_is_an_error_and_no_signal(
-    store_path, nothing_cached, monkeypatch, threads
+    store_path, nothing_cached, monkeypatch, threads, number
 ):
-    """The error was in hand, but dropped; then the map was touched: SIGBUS."""
+    """The error was in hand, but dropped; then the map was touched: SIGBUS.
+
+    At first any; later all but EIO, and a medium has other words for it.
+    """
 
     def refuse(*_):
-        raise OSError(errno.EIO, "planted")
+        raise OSError(number, "planted")
 
     monkeypatch.setattr(os, "preadv", refuse)
     path, name = store_path
     with pytest.raises(OSError, match="planted") as caught:
         MetadataStore.recover(path, threads=threads)
-    assert caught.value.errno == errno.EIO
+    assert caught.value.errno == number
     assert caught.value.filename == os.path.join(path, str(name))
     monkeypatch.undo()
     MetadataStore.recover(path)[0].shutdown()
+
+
+def test_a_read_that_fails_names_the_file(tmp_path, monkeypatch):
+    """The system knows a descriptor only: an error told of none of forty files."""
+    file, _ = _mapped(tmp_path / "file", 10)
+
+    def refuse(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", refuse)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)) as caught:
+        file.read(0, 10)
+    assert caught.value.errno == errno.EIO
+    assert caught.value.filename == str(tmp_path / "file")
+    file.close()
 
 
 def test_advice_that_is_refused_is_no_failure(tmp_path, monkeypatch):
