@@ -557,7 +557,8 @@ def _judge_end(
         return
     seed = log_seed(header.store_id, header.number)
     frame = source.read(end, _codec.FRAME_HEADER_SIZE)
-    if len(frame) == _codec.FRAME_HEADER_SIZE:
+    if status == _codec.STATUS_BAD_PAYLOAD:
+        # Its header is valid, and so is the size; elsewhere that may be anything.
         frame = source.read(end, min(_codec.frame_size(frame, 0), source.size - end))
     found = corruption(path, end, status, frame, seed)
     if bound is not None:

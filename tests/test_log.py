@@ -13,6 +13,7 @@ from metastore.columns import Columns
 from metastore.directory import Directory, FileName
 from metastore.format import FileHeader, size_without_zeros
 from simulated import SimulatedDirectory, SimulatedFile
+from verbs import newest_log, open_image, read_image
 
 CALLS = ("sync", "drop_cache")
 
@@ -270,6 +271,39 @@ def test_only_an_end_frame_of_its_own_seals_a_log(tmp_path):
         damaged = bytearray(sealed)
         damaged[offset] ^= 1
         assert is_sealed(bytes(damaged)) == (offset < end)
+
+
+@pytest.mark.parametrize("bound", [False, True], ids=["newest", "bounded"])
+def test_the_size_in_a_damaged_header_is_not_believed(monkeypatch, bound):
+    """A torn tail of 36 bytes of anything had the rest of its log read in one piece.
+
+    640 MB for a log of 300; MemoryError, and no store, where the log was larger than
+    memory. What the header says is told by the bytes of the header.
+    """
+    image = open_image({}, [[(1, (1, b"one"))]])
+    name = newest_log(image)
+    end = 64 + 48 + 24
+    if bound:
+        image = open_image(image, [[(2, (2, b"two"))]])
+        assert newest_log(image) != name
+        end = 64
+    header = b"\x11" * 32 + (1 << 30).to_bytes(8, "little") + bytes(8)
+    image[name] = image[name][:end] + header + bytes(4 << 20)
+    monkeypatch.setattr(log, "_WINDOW_SIZE", 4_096)
+    read = log._Source.read
+    asked = []
+
+    def note(source, offset, size):
+        asked.append(size)
+        return read(source, offset, size)
+
+    monkeypatch.setattr(log._Source, "read", note)
+    if bound:
+        with pytest.raises(CorruptionError, match="stored 0x11111111, computed 0x"):
+            read_image(image)
+    else:
+        assert read_image(image) == {1: (1, b"one")}
+    assert max(asked) <= 4_096 + 48
 
 
 @pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 8192, 12_289])
