@@ -274,6 +274,23 @@ class Content:
         return not kept or (kept[-1].is_sealed and kept[-1].damage is None)
 
 
+class _Told:
+    """Whom a recovery tells how far it is, and whether an error is theirs.
+
+    It may be of any type, as where they read another store: it is no damage of this.
+    """
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self.is_error_theirs = False
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._progress:
+            self.is_error_theirs = True
+            self._progress(done, total)
+            self.is_error_theirs = False
+
+
 class _Counter:
     def __init__(self, total: int, progress: Progress | None) -> None:
         self.done = 0
@@ -627,14 +644,16 @@ def read_directory(
     A damaged snapshot is given up for an older one, if there is one, with the logs
     that follow that.
     """
+    told = _Told(progress)
     try:
         listing = parse_listing(directory.names())
         headers = read_headers(directory, listing)
         return _read_listed(
-            directory, listing, headers, on_damage, threads, progress, settle_log
+            directory, listing, headers, on_damage, threads, told, settle_log
         )
     except CorruptionError as error:
-        error.add_note(_WAY_OUT)
+        if not told.is_error_theirs:
+            error.add_note(_WAY_OUT)
         raise
 
 
@@ -644,7 +663,7 @@ def _read_listed(
     headers: Headers,
     on_damage: str,
     threads: int,
-    progress: Progress | None,
+    told: _Told,
     settle_log: bool,
 ) -> Content:
     known = dict(headers)
@@ -657,12 +676,12 @@ def _read_listed(
                 directory,
                 plan,
                 threads=threads,
-                progress=progress,
+                progress=told,
                 settle_log=settle_log,
                 stop_at_damage=on_damage == "prefix",
             )
         except CorruptionError as error:
-            if on_damage == "raise" or plan.snapshot is None:
+            if told.is_error_theirs or on_damage == "raise" or plan.snapshot is None:
                 raise
             known[plan.snapshot] = error
 
@@ -701,11 +720,14 @@ def inspect(
         headers = read_headers(directory, listing)
     except FormatVersionError as error:
         return Inspection(listing, {}, sizes, None, None, error)
+    told = _Told(progress)
     try:
         content = _read_listed(
-            directory, listing, headers, "raise", threads, progress, settle_log=False
+            directory, listing, headers, "raise", threads, told, settle_log=False
         )
     except MetastoreError as error:
+        if told.is_error_theirs:
+            raise
         return Inspection(listing, headers, sizes, None, None, error)
     report = make_report(directory, content, seconds=time.perf_counter() - started)
     recovered = Recovered(content.columns, report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import gc
@@ -15,8 +16,13 @@ from pathlib import Path
 import pytest
 
 import oracle
-from metastore import MetadataStore, directory
-from metastore.errors import CorruptionError, StoreFailedError, StoreLockedError
+from metastore import MetadataStore, directory, recovery
+from metastore.errors import (
+    CorruptionError,
+    FormatVersionError,
+    StoreFailedError,
+    StoreLockedError,
+)
 from verbs import files, flip, lasting, logs, named, numbered, put, read, states, write
 
 #: What the system says of a place where nothing can be written.
@@ -337,6 +343,54 @@ def test_a_refused_recover_gives_everything_back(db, recover, kind):
         assert (descriptors(), threading.active_count()) == held
         flip(path, offset)
     assert read(db) == expected
+
+
+def stores_of_two_files(path: Path) -> None:
+    """A snapshot, and a log behind it."""
+    write(path, numbered(4))
+    store, _ = MetadataStore.recover(path)
+    with store:
+        store.compact()
+        store.insert_batch([(100, (1, b""))])
+
+
+@pytest.mark.parametrize("calls", range(1, 5))
+@pytest.mark.parametrize("on_damage", ["raise", "prefix"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        CorruptionError("other/log", 77, "damage of another store"),
+        FormatVersionError("other/log", 2, 0),
+        StoreLockedError("other"),
+        FileNotFoundError(errno.ENOENT, "of another store"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_of_who_is_told_the_progress_is_theirs(db, calls, on_damage, error):
+    """A CorruptionError had an undamaged store set aside, and a store of none opened.
+
+    With "raise" it got the note that says how to get at this store's batches.
+    """
+    stores_of_two_files(db)
+    before = lasting(db)
+    n_calls = 0
+
+    def fail(done: int, total: int) -> None:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == calls:
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        MetadataStore.recover(db, progress=fail, on_damage=on_damage)
+    assert caught.value is error
+    assert not hasattr(error, "__notes__")
+    assert lasting(db) == before
+    n_calls = 0
+    opened = directory.Directory.open_existing(str(db))
+    with contextlib.closing(opened), pytest.raises(type(error)) as caught:
+        recovery.inspect(opened, progress=fail)
+    assert caught.value is error
 
 
 def test_a_network_file_system_is_warned_of(db, recover, monkeypatch, caplog):
