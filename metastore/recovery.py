@@ -107,7 +107,7 @@ def read_headers(directory: DirectoryProtocol, listing: Listing) -> Headers:
             data = bytes(file.read(0, FILE_HEADER_SIZE))
             headers[name] = FileHeader.unpack(data, name.kind, name.number, file.path)
         except CorruptionError as error:
-            headers[name] = error
+            headers[name] = error.with_traceback(None)  # it leads back to the headers
         finally:
             file.close()
     return headers
@@ -406,15 +406,20 @@ def _read_logs(
         threads=threads,
         on_bytes=counter.add,
     )
+    damage = contents[-1].damage if contents else None
+    if damage is not None and not stop_at_damage:
+        if content.snapshot is not None:
+            # The first damage is told, not the last.
+            content.snapshot.read_all(threads, counter.add)
+        contents.clear()
+        try:
+            raise damage
+        finally:
+            del damage  # it leads back to this frame, and would keep what was read
     for (name, _), log in zip(logs, contents, strict=False):
         content.sequence = log.sequence - 1
         content.logs.append((name, log))
-    if contents and contents[-1].damage is not None:
-        if not stop_at_damage:
-            if content.snapshot is not None:
-                # The first damage is told, not the last.
-                content.snapshot.read_all(threads, counter.add)
-            raise contents[-1].damage
+    if damage is not None:
         _stop_at_damage(content)
     return parts
 
@@ -683,7 +688,8 @@ def _read_listed(
         except CorruptionError as error:
             if told.is_error_theirs or on_damage == "raise" or plan.snapshot is None:
                 raise
-            known[plan.snapshot] = error
+            # A traceback leads back to what is known, and would keep what was read.
+            known[plan.snapshot] = error.with_traceback(None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -393,6 +393,28 @@ def test_an_error_of_who_is_told_the_progress_is_theirs(db, calls, on_damage, er
     assert caught.value is error
 
 
+@pytest.mark.parametrize("offset", [5, 64 + 5, 64 + 50, -5])
+@pytest.mark.parametrize("kind", ["log", "snapshot"])
+@pytest.mark.parametrize("on_damage", ["raise", "prefix"])
+def test_an_error_does_not_keep_what_was_read(db, kind, offset, on_damage):
+    """A cycle of an error and the frame it had passed kept a damaged snapshot's map.
+
+    With its descriptor, and all that was decoded, until the collector came.
+    """
+    stores_of_two_files(db)
+    flip(named(db, kind)[0], offset % named(db, kind)[0].stat().st_size)
+    gc.collect()
+    gc.disable()
+    try:
+        held = descriptors()
+        with contextlib.suppress(CorruptionError):
+            MetadataStore.recover(db, on_damage=on_damage, threads=2)[0].shutdown()
+        assert descriptors() == held
+        assert str(db) not in Path("/proc/self/maps").read_text()
+    finally:
+        gc.enable()
+
+
 def test_a_network_file_system_is_warned_of(db, recover, monkeypatch, caplog):
     """NFS and its like may break what flock or fsync promise; then somebody is told."""
     recover()[0].shutdown()
