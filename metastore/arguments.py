@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,10 @@ def integer_in(name: str, number: Any, low: int, high: int) -> int:
 
 def _uint64s(name: str, array: Any) -> Uint64s:
     """Return a contiguous, aligned, native uint64 array of the same integers."""
+    _refuse_masked(name, array)
     found = np.asarray(array)
+    if found.dtype.kind in "fO" and _is_list_of_integers(array):
+        return _uint64s_of_list(name, array)
     if found.size == 0 and not isinstance(array, np.ndarray):
         found = found.astype(np.uint64)  # an empty list has no type of its own
     if found.dtype.kind not in "ui":
@@ -45,7 +49,36 @@ def _uint64s(name: str, array: Any) -> Uint64s:
     return np.require(found, np.uint64, ["C_CONTIGUOUS", "ALIGNED"])
 
 
+def _refuse_masked(name: str, array: Any) -> None:
+    if np.ma.is_masked(array):
+        raise ValueError(f"{name} has masked elements, and a store has no such thing")
+
+
+def _is_list_of_integers(array: Any) -> bool:
+    """Return whether numpy took for something else what is a list of integers.
+
+    That is what it does where no type of its own holds all of them, and with those of
+    2**63 and more beside smaller ones.
+    """
+    return isinstance(array, list | tuple) and all(
+        isinstance(number, int | np.integer)
+        and not isinstance(number, bool | np.timedelta64)
+        for number in array
+    )
+
+
+def _uint64s_of_list(name: str, numbers: Sequence[Any]) -> Uint64s:
+    for at, number in enumerate(map(int, numbers)):
+        if not 0 <= number < 2**64:
+            # Python does not write out thousands of digits.
+            size = number.bit_length()
+            shown = str(number) if size <= 128 else f"of {size} bits"
+            raise OverflowError(f"{name}[{at}] is {shown}, outside 0 .. 2**64 - 1")
+    return np.array(numbers, np.uint64)
+
+
 def _bytes_of(user_data: Any) -> Uint8s:
+    _refuse_masked("user_data", user_data)
     if isinstance(user_data, np.ndarray):
         found: npt.NDArray[Any] = user_data
         if found.dtype.itemsize != 1 or found.dtype.kind not in "uiSV":
@@ -55,6 +88,8 @@ def _bytes_of(user_data: Any) -> Uint8s:
         return np.ascontiguousarray(found).view(np.uint8)
     try:
         return np.frombuffer(user_data, dtype=np.uint8)
+    except BufferError:
+        raise ValueError("user_data must be contiguous") from None
     except (TypeError, AttributeError):
         raise TypeError(
             "user_data must be bytes-like or an array of uint8, "

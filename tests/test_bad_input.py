@@ -436,6 +436,82 @@ def test_bad_arrays_are_refused(db, changed, error):
         store.insert_arrays(**arguments)
 
 
+@pytest.mark.parametrize(
+    "strided",
+    [
+        lambda data: memoryview(bytes(data.repeat(2)))[::2],
+        lambda data: memoryview(bytes(data[::-1]))[::-1],
+    ],
+    ids=["every-second", "backward"],
+)
+def test_a_buffer_that_is_not_contiguous_is_refused(db, strided):
+    """It gave BufferError, which names no argument; an array of the same is taken."""
+    with refused(db, ValueError, "^user_data must be contiguous$") as store:
+        store.insert_arrays(KEYS, VALUES, OFFSETS, strided(USER_DATA))
+
+
+@pytest.mark.parametrize("name", ["keys", "values", "offsets", "user_data"])
+def test_what_a_mask_hides_is_not_stored(db, name):
+    """It was, as if it were there."""
+    arrays = {"keys": KEYS, "values": VALUES, "offsets": OFFSETS}
+    arrays["user_data"] = USER_DATA
+    mask = np.zeros(len(arrays[name]), bool)
+    mask[1] = True
+    hidden = {**arrays, name: np.ma.array(arrays[name], mask=mask)}
+    with refused(db, ValueError, f"^{name} has masked elements") as store:
+        store.insert_arrays(**hidden)
+
+
+def test_a_mask_that_hides_nothing_is_taken(db, recover):
+    store, _ = recover()
+    masked = [np.ma.array(column) for column in (KEYS, VALUES, OFFSETS, USER_DATA)]
+    store.insert_arrays(*masked)
+    store.shutdown()
+    assert read(db) == {1: (99, b"aaa"), 50: (99, b"bbb")}
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_list_of_integers_that_numpy_takes_for_floats(db, recover, kind):
+    """[1, 2**63] is a list of keys; it was refused as float64."""
+    keys, values = [1, 2**63, np.uint64(2**64 - 1)], [2**63, np.int8(1), 2**64 - 1]
+    assert np.asarray(keys).dtype == float
+    store, _ = recover()
+    store.insert_arrays(kind(keys), kind(values))
+    store.shutdown()
+    assert read(db) == {
+        key: (value, b"") for key, value in zip(keys, values, strict=True)
+    }
+
+
+@pytest.mark.parametrize("name", ["keys", "values", "offsets"])
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [
+        (2**64, str(2**64)),
+        (-1, "-1"),
+        (-(2**63) - 1, str(-(2**63) - 1)),
+        (1 << 20_000, "of 20001 bits"),
+    ],
+    ids=["large", "negative", "too-negative", "huge"],
+)
+def test_a_list_names_the_integer_that_does_not_fit(db, name, number, shown):
+    arrays = {"keys": KEYS, "values": VALUES, "offsets": OFFSETS}
+    arrays[name] = [*arrays[name].tolist()[:2], 2**63, number]
+    message = rf"^{name}\[3\] is {shown}, outside 0 \.\. 2\*\*64 - 1$"
+    with refused(db, OverflowError, message) as store:
+        store.insert_arrays(**arrays, user_data=USER_DATA)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [1.0, True, "1", None, np.timedelta64(1, "s"), np.float64(1), [1]],
+    ids=repr,
+)
+def test_a_list_of_large_integers_and_something_else_is_refused(db, other):
+    with refused(db, (TypeError, ValueError)) as store:
+        store.insert_arrays([1, other, 2**63], [1, 1, 1])
+
+
 def many_records(shape):
     """Arrays above the size that packing is tried from, each stored in another form."""
     rng = np.random.default_rng(5)
