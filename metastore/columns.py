@@ -359,6 +359,10 @@ class Recovered(Sequence[Record]):
         self._columns = columns
         self._report = report
 
+    def __reduce__(self) -> tuple[type[Recovered], tuple[Columns, RecoveryReport]]:
+        """Have whoever unpickles or copies it get read-only arrays, too."""
+        return type(self), (self._columns, self._report)
+
     @property
     def keys(self) -> Uint64s:
         """Keys, strictly increasing: uint64, shape (n,), read-only."""
@@ -422,7 +426,10 @@ class Recovered(Sequence[Record]):
                 yield key, value, data[low - first : high - first]
 
     def _find(self, key: object) -> int | None:
-        if not isinstance(key, int | np.integer) or not 0 <= key < 2**64:
+        # A duration is one of numpy's integers, but cannot be compared with one.
+        if not isinstance(key, int | np.integer) or isinstance(key, np.timedelta64):
+            return None
+        if not 0 <= key < 2**64:
             return None
         wanted = np.uint64(key)
         i = int(np.searchsorted(self.keys, wanted))

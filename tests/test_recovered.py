@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 from collections.abc import Sequence
 
 import numpy as np
@@ -135,7 +137,37 @@ def test_recovered_outlives_the_store_and_its_files(db, recover):
 
 
 @pytest.mark.parametrize(
-    "other", ["7", b"7", 7.5, float("nan"), float("inf"), None, (7,), [7]], ids=repr
+    "other",
+    [
+        "7",
+        b"7",
+        7.5,
+        float("nan"),
+        float("inf"),
+        None,
+        (7,),
+        [7],
+        np.timedelta64(7, "s"),
+        np.timedelta64("NaT"),
+        np.datetime64(7, "s"),
+    ],
+    ids=repr,
 )
 def test_what_is_no_number_is_not_in_recovered(recovered, other):
+    """A duration is one of numpy's integers: it gave OverflowError."""
     assert other not in recovered
+    assert recovered.get(other) is None
+
+
+@pytest.mark.parametrize(
+    "again",
+    [copy.copy, copy.deepcopy, lambda found: pickle.loads(pickle.dumps(found))],
+    ids=["copy", "deepcopy", "pickle"],
+)
+def test_a_copy_of_recovered_is_read_only_too(recovered, again):
+    """Pickle and deepcopy make arrays anew, which anybody could write to."""
+    other = again(recovered)
+    assert list(other) == SORTED
+    assert other.report == recovered.report
+    for name in ("keys", "values", "offsets", "user_data"):
+        assert not getattr(other, name).flags.writeable
