@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
-__all__ = ["RecoveryReport", "StoreStats"]
+__all__ = ["RecoveryReport", "StoreStats", "printable"]
+
+
+def printable(name: str) -> str:
+    """Return a name as a part of a line, whatever bytes the system has in it.
+
+    Any but a zero and a slash may be: what ends a line, and what no encoding has.
+    """
+    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +59,7 @@ class RecoveryReport:
         source = self.snapshot or "no snapshot"
         lines = [
             f"recovered {self.n_records:,} records up to batch {self.sequence:,} "
-            f"in {self.seconds:.3f} s ({self.path})",
+            f"in {self.seconds:.3f} s ({printable(self.path)})",
             f"  read: {source} and {len(self.logs)} logs, {self.bytes_read:,} bytes, "
             f"{self.n_frames:,} frames, {self.n_batches:,} batches replayed",
         ]
@@ -61,14 +69,14 @@ class RecoveryReport:
                 "that were never acknowledged"
             )
         if self.damage:
-            lines.append(f"  damage: {self.damage}")
+            lines.append(f"  damage: {printable(self.damage)}")
         for label, names in (
             ("set aside in quarantine", self.quarantined),
             ("removed, contained elsewhere", self.removed),
             ("unknown, left alone", self.unknown),
         ):
             if names:
-                lines.append(f"  {label}: {', '.join(names)}")
+                lines.append(f"  {label}: {', '.join(map(printable, names))}")
         return "\n".join(lines)
 
 

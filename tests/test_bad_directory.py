@@ -23,7 +23,19 @@ from metastore.errors import (
     StoreFailedError,
     StoreLockedError,
 )
-from verbs import files, flip, lasting, logs, named, numbered, put, read, states, write
+from verbs import (
+    files,
+    flip,
+    lasting,
+    logs,
+    named,
+    numbered,
+    put,
+    read,
+    states,
+    write,
+    write_open,
+)
 
 #: What the system says of a place where nothing can be written.
 CANNOT_WRITE = "|".join(map(os.strerror, [errno.EPERM, errno.EACCES, errno.EROFS]))
@@ -240,6 +252,37 @@ def test_numbers_begin_behind_every_name_that_a_store_may_reach():
     # With the one below it, it may be reached after all.
     both = (f"log_{far:016x}", False), (f"log_{near:016x}.tmp", True)
     assert number_max(log, *both) == far
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        (b"bad\xff", r"bad\udcff"),
+        (b"one\n  damage: none", r"one\n  damage: none"),
+        (b"\x1b[2J", r"\x1b[2J"),
+        ("\N{LATIN SMALL LETTER E WITH ACUTE}".encode(), None),
+    ],
+    ids=["no-utf8", "newline", "escape", "accent"],
+)
+def test_a_report_can_be_printed_whatever_the_names(db, recover, name, shown):
+    """A name that is no UTF-8 gave UnicodeEncodeError; one of two lines forged one."""
+    write(db, numbered(2))
+    (db / os.fsdecode(name)).write_bytes(b"")
+    report = recover()[1].report
+    assert report.unknown == (os.fsdecode(name),)
+    *_, last = str(report).splitlines()
+    assert last == f"  unknown, left alone: {shown or os.fsdecode(name)}"
+    str(report).encode()
+
+
+def test_a_report_can_be_printed_whatever_the_directory(db, recover):
+    path = db.with_name("new\nline")
+    write_open(path, numbered(3))
+    flip(logs(path)[0], 64 + 60)
+    recovered = recover(path, on_damage="prefix")[1]
+    lines = str(recovered.report).splitlines()
+    assert len(lines) == 5
+    assert all(r"new\nline" in line for line in (lines[0], lines[2]))
 
 
 # Locking
