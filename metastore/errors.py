@@ -6,6 +6,9 @@ An ``OSError`` of the operating system is passed on as it is.
 
 from __future__ import annotations
 
+import errno
+import os
+
 __all__ = [
     "CorruptionError",
     "FormatVersionError",
@@ -79,9 +82,14 @@ class StoreLockedError(MetastoreError, BlockingIOError):
     """
 
     def __init__(self, path: str, holder_pid: int | None = None) -> None:
-        super().__init__(path, holder_pid)
+        # What the builtin takes first is an errno and its text.
+        super().__init__(errno.EAGAIN, os.strerror(errno.EAGAIN), path)
         self.path = path
         self.holder_pid = holder_pid
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle and copy by the arguments of this class, not of the builtin."""
+        return type(self), (self.path, self.holder_pid), vars(self)
 
     def __str__(self) -> str:
         holder = "" if self.holder_pid is None else f" by process {self.holder_pid}"

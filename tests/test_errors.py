@@ -202,6 +202,23 @@ def test_a_locked_store_names_directory_and_holder(db, recover):
     assert "shut that store down" in text
 
 
+@pytest.mark.parametrize(
+    "again",
+    [lambda error: error, copy.copy, lambda error: pickle.loads(pickle.dumps(error))],
+    ids=["itself", "copy", "pickle"],
+)
+def test_a_locked_store_is_an_error_of_the_system_too(again):
+    """Its errno was the directory, its strerror the process: who compares, fails."""
+    error = StoreLockedError("db", 4711)
+    error.add_note("of who caught it")
+    error = again(error)
+    assert error.__notes__ == ["of who caught it"]
+    assert error.errno == errno.EAGAIN
+    assert error.strerror == os.strerror(errno.EAGAIN)
+    assert (error.filename, error.path, error.holder_pid) == ("db", "db", 4711)
+    assert "locked by process 4711" in str(error)
+
+
 def test_a_locked_store_whose_holder_is_not_known():
     error = StoreLockedError("db")
     assert error.holder_pid is None
