@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from metastore.directory import parse_listing
+
 __all__ = ["RecoveryReport", "StoreStats", "printable"]
 
 
@@ -51,9 +53,19 @@ class RecoveryReport:
     seconds: float
 
     @property
+    def ignored(self) -> tuple[str, ...]:
+        """Those of the unknown names that are called like logs or snapshots.
+
+        No regular file is there, but a link, say, or a directory: what a published file
+        held is not in the result, if one was there.
+        """
+        listing = parse_listing([(name, True) for name in self.unknown])
+        return tuple(map(str, (*listing.snapshots, *listing.logs)))
+
+    @property
     def is_clean(self) -> bool:
-        """Whether nothing was dropped and nothing was damaged."""
-        return not self.bytes_dropped and self.damage is None
+        """Whether nothing was dropped, damaged or, though called like ours, ignored."""
+        return not self.bytes_dropped and self.damage is None and not self.ignored
 
     def __str__(self) -> str:
         source = self.snapshot or "no snapshot"
@@ -70,10 +82,13 @@ class RecoveryReport:
             )
         if self.damage:
             lines.append(f"  damage: {printable(self.damage)}")
+        ignored = self.ignored
+        others = [name for name in self.unknown if name not in ignored]
         for label, names in (
             ("set aside in quarantine", self.quarantined),
             ("removed, contained elsewhere", self.removed),
-            ("unknown, left alone", self.unknown),
+            ("ignored, since these are no regular files", ignored),
+            ("unknown, left alone", others),
         ):
             if names:
                 lines.append(f"  {label}: {', '.join(map(printable, names))}")

@@ -255,6 +255,30 @@ def test_numbers_begin_behind_every_name_that_a_store_may_reach():
 
 
 @pytest.mark.parametrize(
+    ("kind", "what"),
+    [("log", "link"), ("log", "directory"), ("snapshot", "directory")],
+)
+def test_what_is_called_like_ours_and_is_no_file_is_told(db, recover, kind, what):
+    """A log was a link to another disk: no batch of it was there, and all was clean."""
+    stores_of_two_files(db)
+    path = named(db, kind)[0]
+    if what == "link":
+        path.rename(db.with_name("elsewhere"))
+        path.symlink_to(db.with_name("elsewhere"))
+    else:
+        path = path.with_name(f"{kind}_{77:016x}")
+        path.mkdir()
+    (db / "notes").mkdir()
+    (db / f"log_{78:016x}.tmp").mkdir()
+    report = recover()[1].report
+    assert not report.is_clean
+    assert report.ignored == (path.name,)
+    *_, ignored, others = str(report).splitlines()
+    assert ignored == f"  ignored, since these are no regular files: {path.name}"
+    assert others == f"  unknown, left alone: log_{78:016x}.tmp, notes"
+
+
+@pytest.mark.parametrize(
     ("name", "shown"),
     [
         (b"bad\xff", r"bad\udcff"),
