@@ -15,7 +15,7 @@ from metastore import MetadataStore, Recovered
 from verbs import files, newest_log, numbered, open_image, put, recover_on, states
 
 TAIL = b"\x11" * 100
-NEXT_LOG = "log_0*[2-9]"
+NEXT_LOG = "log_0*[2-9a-f]"
 
 
 def torn(tail: bytes = TAIL) -> Image:
@@ -76,7 +76,7 @@ def test_a_recovery_that_fails_again_and_again_keeps_one_copy():
     """
     image = torn()
     for _ in range(9):
-        image = failing(image, "create", NEXT_LOG)
+        image = failing(image, "rename", NEXT_LOG)
         assert image["quarantine"] == {torn_name(image): TAIL}
     recovered, after = recovered_from(image)
     assert recovered.report.quarantined == (f"quarantine/{torn_name(image)}",)
@@ -88,7 +88,7 @@ def test_the_same_tail_pushes_out_no_other():
     older = {f"torn_log_{1:016x}_{offset:016x}": b"older" for offset in range(64, 71)}
     for _ in range(3):
         image["quarantine"] = {**image.get("quarantine", {}), **older}
-        image = failing(image, "create", NEXT_LOG)
+        image = failing(image, "rename", NEXT_LOG)
     assert image["quarantine"] == {torn_name(image): TAIL, **older}
 
 
@@ -157,7 +157,7 @@ def test_a_copy_of_a_damaged_log_is_made_once():
     image = damaged()
     name = newest_log(image)
     for _ in range(3):
-        image = failing(image, "create", NEXT_LOG, on_damage="prefix")
+        image = failing(image, "rename", NEXT_LOG, on_damage="prefix")
         assert image["quarantine"] == {name: image[name]}
     recovered, after = recovered_from(image, on_damage="prefix")
     assert after["quarantine"] == {name: image[name]}
