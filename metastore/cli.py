@@ -35,7 +35,7 @@ from metastore.look import (
 )
 from metastore.parallel import default_threads
 from metastore.progress import Progress
-from metastore.repair_report import one_line
+from metastore.report import printable
 
 __all__ = ["main"]
 
@@ -140,7 +140,7 @@ def _listing_lines(temporaries: Sequence[str], unknown: Sequence[str]) -> Iterat
     for name in temporaries:
         yield f"temporary   {name}"
     for name in unknown:
-        yield f"unknown     {one_line(name)}"
+        yield f"unknown     {printable(name)}"
 
 
 def _quarantine_lines(sizes: Sequence[int]) -> Iterator[str]:
@@ -447,7 +447,7 @@ def _add_demo(commands: _Commands) -> None:
 def _complain(text: str) -> None:
     # Where nobody reads it, the exit status still has to tell.
     try:
-        print(f"metastore: {one_line(text)}", file=sys.stderr, flush=True)
+        print(f"metastore: {printable(text)}", file=sys.stderr, flush=True)
     except OSError:
         _give_up(sys.stderr)
 

@@ -14,6 +14,7 @@ from types import TracebackType
 
 from metastore.directory import Directory, File
 from metastore.errors import MetastoreError
+from metastore.report import printable
 
 __all__ = [
     "CHUNK_SIZE",
@@ -174,8 +175,7 @@ class Heap:
 
 def shown(path: bytes) -> str:
     """Return a path as one printable line."""
-    text = os.fsdecode(path)
-    return text if text.isprintable() else ascii(text)
+    return printable(os.fsdecode(path))
 
 
 @dataclasses.dataclass

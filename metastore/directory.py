@@ -175,7 +175,7 @@ class FileProtocol(Protocol):
         ...
 
     def fetch(self, offset: int, size: int) -> None:
-        """Read a part into the page cache, as far as the system can; raise EIO."""
+        """Read a part into the page cache, as far as the system can, or raise."""
         ...
 
     def close(self) -> None:

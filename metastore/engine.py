@@ -21,18 +21,18 @@ from metastore.columns import Recovered
 from metastore.compaction import Compactor, compact
 from metastore.directory import WARNING, DirectoryProtocol, FileName, FileProtocol
 from metastore.errors import (
-    CorruptionError,
     MetastoreError,
     StoreClosedError,
     StoreFailedError,
 )
-from metastore.format import FILE_HEADER_SIZE, NUMBER_MAX, SEQUENCE_MAX, STORE_ID_SIZE
+from metastore.format import FILE_HEADER_SIZE, STORE_ID_SIZE
 from metastore.log import LogWriter, prepare_log
 from metastore.pace import Pace
 from metastore.parallel import default_threads
 from metastore.recovery import (
     Content,
     Progress,
+    find_exhaustion,
     make_report,
     read_directory,
     remove_obsolete,
@@ -97,15 +97,13 @@ def open_engine(
         threads=options.n_threads,
         progress=options.progress,
     )
-    number = content.plan.listing.number_max + 1
-    if number > NUMBER_MAX:
-        raise CorruptionError(directory.path, 0, "file numbers are used up")
-    if content.sequence + 1 > SEQUENCE_MAX:
-        raise CorruptionError(directory.path, 0, "sequences are used up")
+    exhaustion = find_exhaustion(content, directory.path)
+    if exhaustion is not None:
+        raise exhaustion
     # First what gives room, and what may find none: nobody is told which files were set
     # aside, if the store cannot be opened then.
     temporaries = remove_temporaries(directory, content)
-    name = FileName("log", number)
+    name = FileName("log", content.plan.listing.number_max + 1)
     file = prepare_log(directory, name)
     store_id = content.plan.store_id or secrets.token_bytes(STORE_ID_SIZE)
     quarantined: tuple[str, ...] = ()

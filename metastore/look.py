@@ -25,8 +25,6 @@ from metastore.errors import CorruptionError, FormatVersionError, MetastoreError
 from metastore.format import (
     FILE_HEADER_SIZE,
     FRAME_HEADER_SIZE,
-    NUMBER_MAX,
-    SEQUENCE_MAX,
     FileHeader,
     log_seed,
     size_without_zeros,
@@ -40,6 +38,7 @@ from metastore.recovery import (
     Headers,
     Inspection,
     Progress,
+    find_exhaustion,
     inspect,
     make_plan,
     read_headers,
@@ -359,8 +358,10 @@ def _verify(directory: Directory, threads: int, progress: Progress) -> Verificat
     if isinstance(found.damage, FormatVersionError):
         raise found.damage
     assert found.damage is None or isinstance(found.damage, CorruptionError)
-    damage = found.damage or _used_up(directory, found)
-    content = None if damage else found.content
+    damage, content = found.damage, found.content
+    if content is not None:
+        damage = find_exhaustion(content, directory.path)
+        content = None if damage else content
     return Verification(
         path=directory.path,
         files=_check_files(directory, found, threads),
@@ -374,15 +375,6 @@ def _verify(directory: Directory, threads: int, progress: Progress) -> Verificat
         holder_pid=directory._lock_holder(),
         damage=damage,
     )
-
-
-def _used_up(directory: Directory, found: Inspection) -> CorruptionError | None:
-    """Return what a store is refused for, though each file of it is whole."""
-    if found.listing.number_max >= NUMBER_MAX:
-        return CorruptionError(directory.path, 0, "file numbers are used up")
-    if found.content is not None and found.content.sequence >= SEQUENCE_MAX:
-        return CorruptionError(directory.path, 0, "sequences are used up")
-    return None
 
 
 def _check_files(

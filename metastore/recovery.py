@@ -25,7 +25,12 @@ from metastore.directory import (
     parse_listing,
 )
 from metastore.errors import CorruptionError, FormatVersionError, MetastoreError
-from metastore.format import FILE_HEADER_SIZE, FileHeader
+from metastore.format import (
+    FILE_HEADER_SIZE,
+    NUMBER_MAX,
+    SEQUENCE_MAX,
+    FileHeader,
+)
 from metastore.log import LogContent, LogFile, ends_sealed, open_log, read_logs
 from metastore.report import RecoveryReport
 from metastore.snapshot import SnapshotReader
@@ -34,6 +39,7 @@ __all__ = [
     "Content",
     "Plan",
     "Progress",
+    "find_exhaustion",
     "inspect",
     "make_plan",
     "read",
@@ -435,6 +441,15 @@ def _stop_at_damage(content: Content) -> None:
         behind.insert(0, name)
         content.logs.pop()
     content.set_aside = [*behind, *content.set_aside]
+
+
+def find_exhaustion(content: Content, path: str) -> CorruptionError | None:
+    """Return what a store is refused for, though each file of it is whole."""
+    if content.plan.listing.number_max >= NUMBER_MAX:
+        return CorruptionError(path, 0, "file numbers are used up")
+    if content.sequence >= SEQUENCE_MAX:
+        return CorruptionError(path, 0, "sequences are used up")
+    return None
 
 
 # ---- act ----

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 
+from metastore.report import printable
 from metastore.salvage import Gap, LostBlock
 
-__all__ = ["Range", "RepairReport", "RepairedFile", "one_line"]
+__all__ = ["Range", "RepairReport", "RepairedFile"]
 
 #: The first and the last of some sequences.
 Range = tuple[int, int]
@@ -104,7 +105,7 @@ class RepairReport:
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
-        yield f"repaired {one_line(self.source)} into {one_line(self.destination)}"
+        yield f"repaired {printable(self.source)} into {printable(self.destination)}"
         if self.holder_pid is not None:
             yield (
                 f"  process {self.holder_pid} holds the source: what it wrote "
@@ -123,10 +124,10 @@ class RepairReport:
             f"into {self.original}"
         )
         if self.not_copied:
-            names = ", ".join(map(one_line, self.not_copied))
+            names = ", ".join(map(printable, self.not_copied))
             yield f"  not copied, directories or links or the like: {names}"
         for name, gaps in self.unreadable.items():
-            yield from (f"  {one_line(name)}: {_place(gap)}" for gap in gaps)
+            yield from (f"  {printable(name)}: {_place(gap)}" for gap in gaps)
         for file in self.files:
             yield from _file_lines(file)
         if self.missing:
@@ -145,15 +146,6 @@ class RepairReport:
             )
         if self.is_complete:
             yield "nothing is known to be missing"
-
-
-def one_line(text: str) -> str:
-    """Return a text as it is if each character can be shown, else with escapes.
-
-    The name of a file may hold anything: lines that look like ours, and what no
-    terminal or encoding can take.
-    """
-    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def _file_lines(file: RepairedFile) -> Iterator[str]:

@@ -10,9 +10,10 @@ __all__ = ["RecoveryReport", "StoreStats", "printable"]
 
 
 def printable(name: str) -> str:
-    """Return a name as a part of a line, whatever bytes the system has in it.
+    """Return a name as a part of a line, with escapes if not all of it can be shown.
 
-    Any but a zero and a slash may be: what ends a line, and what no encoding has.
+    It may hold any byte but a zero and a slash: what makes lines that look like ours,
+    and what no terminal or encoding can take.
     """
     return name if name.isprintable() else ascii(name)[1:-1]
 
