@@ -95,8 +95,10 @@ $(BENCH)/.installed: pyproject.toml | setup
 	$(BENCH)/bin/python -m pip install --quiet -e '.[bench]'
 	@touch $@
 
-bench: $(BENCH)/.installed  ## all benchmarks, into docs/performance.md (hours)
-	$(BENCH)/bin/python -m benchmarks --json benchmarks/results.json --report $(ARGS)
+# A report has the tables of all cases, so that a run of some writes none by itself.
+bench: $(BENCH)/.installed  ## all benchmarks, into docs/performance.md (one to two hours)
+	$(BENCH)/bin/python -m benchmarks --json benchmarks/results.json \
+	    $(if $(findstring --only,$(ARGS)),,--report) $(ARGS)
 
 bench-quick: setup  ## every benchmark at a hundredth of its size: does it run?
 	$(BIN)/python -m benchmarks --scale 0.01 --repeat 1 --peers none $(ARGS)

@@ -63,7 +63,13 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--report",
         action="store_true",
-        help="write docs/performance.md and its pictures from the figures",
+        help="write docs/performance.md and its pictures from the figures; refused "
+        "if they lack a case (but for those of --large)",
+    )
+    parser.add_argument(
+        "--partial",
+        action="store_true",
+        help="with --report: write what there is, though cases are missing",
     )
     return parser.parse_args(argv)
 
@@ -81,6 +87,19 @@ def _chosen(arguments: argparse.Namespace) -> list[Case]:
     if left_out:
         raise BenchmarkError(f"{', '.join(left_out)} runs with --large only")
     return [CASES[name] for name in names]
+
+
+def _check_report(cases: list[Case], figures: report.Figures, *, partial: bool) -> None:
+    """Refuse a report that would lose tables, or that could not be written."""
+    there = {*figures.content["cases"], *(case.name for case in cases)}
+    lost = [case.name for case in CASES.values() if not case.large]
+    lost = [name for name in lost if name not in there]
+    if lost and not partial:
+        raise BenchmarkError(
+            f"the report would have no tables of {', '.join(lost)}: run these too, "
+            "leave out --report, or say --partial"
+        )
+    report.check()
 
 
 def _is_alive(pid: int) -> bool:
@@ -158,9 +177,10 @@ def _say_plan(arguments: argparse.Namespace, missing: list[str]) -> None:
         )
 
 
-def _measure(arguments: argparse.Namespace, figures: report.Figures) -> bool:
+def _measure(
+    arguments: argparse.Namespace, cases: list[Case], figures: report.Figures
+) -> bool:
     """Run the cases one after another; return whether all of them succeeded."""
-    cases = _chosen(arguments)
     peers, missing = find(arguments.peers)
     if arguments.ancestor:
         Ancestor(arguments.ancestor)  # refuses what cannot be run
@@ -212,7 +232,10 @@ def main(argv: list[str]) -> int:
         if arguments.repeat < 1 or arguments.scale <= 0:
             raise BenchmarkError("--repeat and --scale must be positive")
         figures = report.Figures(arguments.json)
-        succeeded = not _chosen(arguments) or _measure(arguments, figures)
+        cases = _chosen(arguments)
+        if arguments.report:
+            _check_report(cases, figures, partial=arguments.partial)
+        succeeded = not cases or _measure(arguments, cases, figures)
         if arguments.report:
             report.write(figures.content)
     except BenchmarkError as error:

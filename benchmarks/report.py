@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pathlib
@@ -10,7 +11,7 @@ from typing import Any
 from benchmarks.measure import BenchmarkError
 from benchmarks.results import OURS, figure
 
-__all__ = ["QUIET", "Figures", "as_text", "write"]
+__all__ = ["QUIET", "Figures", "as_text", "check", "write"]
 
 _DOCUMENT = pathlib.Path("docs/performance.md")
 _PICTURES = pathlib.Path("docs/pictures")
@@ -241,16 +242,8 @@ def _section(content: dict[str, Any], pictures: list[tuple[str, str]]) -> str:
     return "\n\n".join(parts)
 
 
-def write(content: dict[str, Any]) -> None:
-    """Write tables between the markers of docs/performance.md, and its pictures.
-
-    Raises
-    ------
-    BenchmarkError
-        If there are no figures, or the document has no markers.
-    """
-    if not any("rows" in result for result in content["cases"].values()):
-        raise BenchmarkError("there are no figures to write")
+def _around() -> tuple[str, str]:
+    """Return what stands before and behind the markers of the document."""
     try:
         text = _DOCUMENT.read_text(encoding="utf-8")
         before, rest = text.split(_BEGIN)
@@ -260,12 +253,40 @@ def write(content: dict[str, Any]) -> None:
             f"{_DOCUMENT} is missing or has not one pair of markers: run from the root "
             "of the repository"
         ) from error
+    return before, after
+
+
+def _pictures() -> Any:
+    """Return the module that draws, which nothing but a report needs."""
     try:
-        from benchmarks import pictures
+        return importlib.import_module("benchmarks.pictures")
     except ImportError as error:
         raise BenchmarkError(
             "the pictures need matplotlib: `pip install metastore[bench]`"
         ) from error
+
+
+def check() -> None:
+    """Raise what :func:`write` would for want of markers or of matplotlib.
+
+    Called before anything is measured, since that may take hours.
+    """
+    _around()
+    _pictures()
+
+
+def write(content: dict[str, Any]) -> None:
+    """Write tables between the markers of docs/performance.md, and its pictures.
+
+    Raises
+    ------
+    BenchmarkError
+        If there are no figures, the document has no markers, or nothing can draw.
+    """
+    if not any("rows" in result for result in content["cases"].values()):
+        raise BenchmarkError("there are no figures to write")
+    before, after = _around()
+    pictures = _pictures()
     _PICTURES.mkdir(exist_ok=True)
     drawn = pictures.draw(content, _PICTURES)
     section = _section(content, drawn)

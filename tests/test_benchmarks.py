@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ if importlib.util.find_spec("benchmarks") is None:
 
 from benchmarks import instructions, machine, report
 from benchmarks.__main__ import main
+from benchmarks.cases import CASES
 
 MEMORY = ("tmpfs", "ramfs")
 TIMEOUT_SECONDS = 60
@@ -279,6 +281,55 @@ def test_the_report_tells_of_several_revisions():
     said = report._revisions(figures_of("abc", None, "abc"))
     assert said.startswith("**The cases are of several revisions**")
     assert said.endswith("abc (R1, R3); unknown (R2).")
+
+
+@pytest.fixture
+def document(tmp_path_factory, monkeypatch) -> Path:
+    """A document with markers in the place of docs/performance.md; nothing draws."""
+    docs = tmp_path_factory.mktemp("docs")
+    monkeypatch.setattr(report, "_DOCUMENT", docs / "performance.md")
+    monkeypatch.setattr(report, "_PICTURES", docs)
+    nothing = types.SimpleNamespace(draw=lambda content, folder: [])
+    monkeypatch.setitem(sys.modules, "benchmarks.pictures", nothing)
+    path = docs / "performance.md"
+    path.write_text(f"before {report._BEGIN} tables {report._END} behind")
+    return path
+
+
+def test_a_report_that_would_lose_tables_is_refused(folder, capsys, document):
+    """A report of one case once replaced the tables of all others in silence."""
+    before = document.read_text()
+    said = refused(few(folder, "--report"), capsys)
+    others = [name for name, case in CASES.items() if name != "R1" and not case.large]
+    assert f" {', '.join(others)}: " in said
+    assert "--partial" in said
+    assert document.read_text() == before
+    assert os.listdir(folder) == []
+
+
+def test_a_partial_report_is_written_if_asked_for(folder, document):
+    assert main(few(folder, "--report", "--partial")) == 0
+    text = document.read_text()
+    assert text.startswith("before ")
+    assert text.endswith(" behind")
+    assert "\n| R1 | " in text
+
+
+def test_a_report_without_markers_is_refused_before_it_is_measured(
+    folder, capsys, document
+):
+    """It was refused after hours of measuring."""
+    document.write_text("no markers")
+    assert "markers" in refused(few(folder, "--report", "--partial"), capsys)
+
+
+def test_a_report_without_matplotlib_is_refused_before_it_is_measured(
+    folder, capsys, document, monkeypatch
+):
+    """Likewise."""
+    monkeypatch.setitem(sys.modules, "benchmarks.pictures", None)
+    said = refused(few(folder, "--report", "--partial"), capsys)
+    assert "matplotlib" in said
 
 
 def test_without_git_there_is_no_revision(monkeypatch):
