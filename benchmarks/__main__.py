@@ -116,7 +116,7 @@ _PREFIX = "metastore-benchmarks-"
 
 
 def _remove(path: str) -> None:
-    """Remove a directory that a process which was just killed may still write to."""
+    """Remove a directory that processes which were just killed may still write to."""
     for _ in range(10):
         shutil.rmtree(path, ignore_errors=True)
         if not os.path.exists(path):
@@ -130,7 +130,7 @@ def _data_directory(parent: str) -> Iterator[str]:
     for name in os.listdir(parent):
         pid = name.removeprefix(_PREFIX).partition("-")[0]
         if name.startswith(_PREFIX) and pid.isdigit() and not _is_alive(int(pid)):
-            shutil.rmtree(os.path.join(parent, name), ignore_errors=True)
+            _remove(os.path.join(parent, name))
     path = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent)
     try:
         yield path
@@ -143,21 +143,25 @@ def _run_case(case: Case, settings: Settings) -> dict[str, Any]:
     fields = dataclasses.asdict(settings)
     peers = fields.pop("peer_modules")
     request = {"case": case.name, "settings": fields, "peer_modules": peers}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-    )
-    try:
-        output, _ = process.communicate(json.dumps(request), _CASE_SECONDS_MAX)
-    finally:
-        # whatever is left of it after an interrupt or a time-out
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    reading, writing = os.pipe()
+    with open(reading, "rb") as stdin, open(writing, "w", encoding="utf-8") as asking:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.worker"],
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        )
+        try:
+            # left open: the worker ends when we do, however that comes
+            print(json.dumps(request), file=asking, flush=True)
+            output, _ = process.communicate(timeout=_CASE_SECONDS_MAX)
+        finally:
+            # whatever is left of it after an interrupt or a time-out
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     if process.returncode:
         return {"error": f"the case ended with exit code {process.returncode}"}
     answer: dict[str, Any] = json.loads(output)
@@ -221,13 +225,15 @@ def _measure(
 
 
 def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt  # so that SIGTERM cleans up too
+    raise KeyboardInterrupt  # so that others than SIGINT clean up too
 
 
 def main(argv: list[str]) -> int:
     """Run the command; return its exit status."""
     arguments = _arguments(argv)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _interrupt)
     try:
         if arguments.repeat < 1 or arguments.scale <= 0:
             raise BenchmarkError("--repeat and --scale must be positive")

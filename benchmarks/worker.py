@@ -1,9 +1,15 @@
-"""One case in its own process: settings from stdin, rows to stdout, as JSON."""
+"""One case in its own process: settings from stdin, rows to stdout, as JSON.
+
+Stdin stays open as long as the process that asks: its end is the worker's end.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import threading
 import time
 
 from benchmarks.cases import CASES
@@ -11,9 +17,21 @@ from benchmarks.measure import BenchmarkError
 from benchmarks.settings import Settings
 
 
+def _end_with_the_run() -> None:
+    """Kill this process and all that it measures with once nobody waits for it.
+
+    It has a session of its own, and a run that was killed tells nobody. The descriptor
+    is read, not the file object, whose lock a forked child would find taken.
+    """
+    while os.read(0, 1):
+        pass
+    os.killpg(0, signal.SIGKILL)
+
+
 def main() -> int:
     """Run the case that is asked for."""
-    request = json.load(sys.stdin)
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
     settings = Settings(
         **{**request["settings"], "peer_modules": tuple(request["peer_modules"])}
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.util
 import json
@@ -235,14 +236,16 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen[str]) 
 
 @pytest.fixture
 def _interrupts_reach_children() -> Iterator[None]:
-    """What runs in the background may ignore SIGINT, and its children with it."""
+    """What runs in the background may ignore signals, and its children with it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before_hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGHUP, before_hangup)
 
 
 @pytest.mark.usefixtures("_interrupts_reach_children")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_leaves_no_data(folder, number):
     """The signal comes while the case measures, in rounds that would not end."""
     command = [sys.executable, "-m", "benchmarks", *few(folder, "--repeat", "1000000")]
@@ -258,6 +261,28 @@ def test_an_interrupted_run_leaves_no_data(folder, number):
     assert run.returncode == 130
     assert output == ""
     assert said.splitlines()[-1] == "benchmarks: interrupted; the data was removed"
+    assert os.listdir(folder) == []
+
+
+def test_a_killed_run_takes_what_it_measures_with(folder):
+    """It measured on for hours, in a session of its own, and kept the data in use.
+
+    Whoever is left of the run has its standard error open.
+    """
+    command = [sys.executable, "-m", "benchmarks", *few(folder, "--repeat", "1000000")]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as run:
+        found: list[Path] = []
+        wait_until(lambda: found.extend(folder.glob("*/scratch/*")) or found, run)
+        worker = int(found[0].name.partition("-")[0])
+        run.kill()
+        try:
+            run.communicate(timeout=TIMEOUT_SECONDS)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(worker, signal.SIGKILL)
+    assert main(few(folder)) == 0
     assert os.listdir(folder) == []
 
 
