@@ -204,11 +204,13 @@ def _measure(
             peer_modules=tuple(peer.module for peer in peers),
             large=arguments.large,
         )
-        figures.begin(machine.describe(directory, peers), missing)
+        here = machine.describe(directory, peers)
+        figures.check_machine(here)
         for case in cases:
             about = {
                 "busy_before": machine.busy_processors(settings.scale),
                 "revision": machine.revision(),
+                "machine": here,
                 "scale": settings.scale,
                 "repeat": settings.repeat,
             }

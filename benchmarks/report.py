@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.measure import BenchmarkError
@@ -17,6 +18,8 @@ _DOCUMENT = pathlib.Path("docs/performance.md")
 _PICTURES = pathlib.Path("docs/pictures")
 _BEGIN = "<!-- benchmarks: begin (written by `python -m benchmarks --report`) -->"
 _END = "<!-- benchmarks: end -->"
+#: What tells one machine from another; the rest of its description may change.
+_SAME = ("id", "processor", "cores", "memory_size", "file_system", "architecture")
 #: So many processors may others keep busy before a case without spoiling its figures.
 QUIET = 0.2
 
@@ -32,31 +35,30 @@ class Figures:
 
     def __init__(self, path: str | None) -> None:
         self._path = path
-        self.content: dict[str, Any] = {"machine": {}, "missing": [], "cases": {}}
+        self.content: dict[str, Any] = {"cases": {}}
         if path and os.path.exists(path):
             try:
                 with open(path, encoding="utf-8") as file:
                     self.content = json.load(file)
-                self.content["machine"], self.content["missing"]
                 for case in self.content["cases"].values():
-                    case["busy_before"]  # older versions kept the load average
+                    # older versions kept the load average, and one machine for all
+                    case["busy_before"], case["revision"], case["machine"]["id"]
+                if self.content["cases"]:
+                    _heading(self.content)  # says all the rest of a case
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise BenchmarkError(
                     f"not a file of figures of this version: {path}. Choose another "
                     "file with --json"
                 ) from error
 
-    def begin(self, machine: dict[str, Any], missing: list[str]) -> None:
-        """Note what runs where; figures of another machine do not mix with these."""
-        old = self.content["machine"]
-        same = ("processor", "cores", "memory_size", "file_system", "architecture")
-        if any(old.get(name, machine[name]) != machine[name] for name in same):
-            raise BenchmarkError(
-                f"{self._path} holds figures of another machine: choose another file"
-            )
-        self.content["machine"] = machine
-        self.content["missing"] = missing
-        self._save()
+    def check_machine(self, machine: dict[str, Any]) -> None:
+        """Raise if figures are of another machine: they do not mix with these."""
+        for case in self.content["cases"].values():
+            if any(case["machine"].get(name) != machine[name] for name in _SAME):
+                raise BenchmarkError(
+                    f"{self._path} holds figures of another machine: choose another "
+                    "file"
+                )
 
     def add(self, case: str, result: dict[str, Any]) -> None:
         """Put in the result of a case, and save the file."""
@@ -155,6 +157,11 @@ def _titles(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"- {row['name']}: {row['title']}." for row in rows)
 
 
+def _is_beside(name: str) -> bool:
+    """Tell whether a case or a row of it stands beside other stores."""
+    return name[0] == "P" or name[:2] == "C6"
+
+
 def _caution(content: dict[str, Any]) -> list[str]:
     """Return a warning for readers if the figures are not what they could be."""
     cases = content["cases"].values()
@@ -167,34 +174,65 @@ def _caution(content: dict[str, Any]) -> list[str]:
     ]
 
 
-def _revisions(cases: dict[str, Any]) -> str:
-    """Return the revision that was measured, or which cases are of which."""
+def _by_case(cases: dict[str, Any], what: str, of: Callable[[Any], str]) -> str:
+    """Return what all cases share, or which cases are of which."""
     names: dict[str, list[str]] = {}
     for name, case in cases.items():
-        # figures of before revisions were kept, or without git, have none
-        names.setdefault(case.get("revision") or "unknown", []).append(name)
+        names.setdefault(of(case), []).append(name)
     if len(names) == 1:
-        return f"Revision: {next(iter(names))}."
+        return f"{what}: {next(iter(names))}."
     each = "; ".join(f"{key} ({', '.join(some)})" for key, some in names.items())
-    return f"**The cases are of several revisions**: {each}."
+    return f"{what}: **not of all cases the same**: {each}."
 
 
-def _machine(content: dict[str, Any]) -> str:
-    machine = content["machine"]
-    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
-    peers = ", ".join(f"{k} {v}" for k, v in machine["peers"].items()) or "none"
-    cases = content["cases"].values()
+def _revisions(cases: dict[str, Any]) -> str:
+    # without git there is none
+    return _by_case(cases, "Revision", lambda case: case["revision"] or "unknown")
+
+
+def _named(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _peers(cases: dict[str, Any]) -> str:
+    """Return the peers that were there, of cases that measure any."""
+    beside = {name: case for name, case in cases.items() if _is_beside(name)}
+    return _by_case(
+        beside or cases,
+        "Peers",
+        lambda case: _named(case["machine"]["peers"]) or "none",
+    )
+
+
+def _hardware(machine: dict[str, Any]) -> str:
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, "
+        f"{machine['memory_size'] / (1 << 30):.0f} GiB of memory, "
+        f"{machine['system']} ({machine['architecture']}), {machine['file_system']}"
+    )
+
+
+def _dates(cases: dict[str, Any]) -> str:
+    dates = sorted({case["machine"]["date"] for case in cases.values()})
+    return dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+
+
+def _heading(content: dict[str, Any]) -> str:
+    """Return what was measured where: of each case, where they differ."""
+    named = content["cases"]
+    cases = named.values()
     repeats = sorted({case["repeat"] for case in cases})
     scales = sorted({case["scale"] for case in cases})
+    where = _by_case(
+        named, f"Measured on {_dates(named)}", lambda case: _hardware(case["machine"])
+    )
+    versions = _by_case(
+        named, "Versions", lambda case: _named(case["machine"]["versions"])
+    )
     return "\n".join(
         [
-            f"Measured on {machine['date']}: {machine['processor']}, "
-            f"{machine['cores']} cores, "
-            f"{machine['memory_size'] / (1 << 30):.0f} GiB of memory, "
-            f"{machine['system']} ({machine['architecture']}), "
-            f"{machine['file_system']}. Versions: {versions}. "
-            f"{_revisions(content['cases'])}",
-            f"Peers: {peers}.",
+            f"{where} {versions} {_revisions(named)}",
+            _peers(named),
             f"Rounds: {', '.join(map(str, repeats))}; scale: "
             f"{', '.join(f'{scale:g}' for scale in scales)}; processors that "
             f"others kept busy before a case: at most "
@@ -208,10 +246,10 @@ def _section(content: dict[str, Any], pictures: list[tuple[str, str]]) -> str:
         name: result for name, result in content["cases"].items() if "rows" in result
     }
     rows = [row for result in results.values() for row in result["rows"]]
-    beside = [row for row in rows if row["name"][0] == "P" or row["name"][:2] == "C6"]
+    beside = [row for row in rows if _is_beside(row["name"])]
     parts = [
         *_caution(content),
-        _machine(content),
+        _heading(content),
         "Each figure is the median of the rounds, in brackets the least and the "
         "greatest.",
         "### Against the ancestor and the limits",

@@ -131,8 +131,9 @@ def test_arguments_that_mean_nothing_are_refused(folder, capsys, more, what):
         "{",
         '{"machine": {}, "missing": []}',
         '{"machine": {}, "missing": [], "cases": {"R1": {"load_before": 0.1}}}',
+        '{"cases": {"R1": {"machine": null, "busy_before": 0, "revision": "abc"}}}',
     ],
-    ids=["empty", "list", "cut", "no cases", "older version"],
+    ids=["empty", "list", "cut", "no cases", "older version", "no machine"],
 )
 def test_a_file_that_holds_no_figures_is_refused(folder, capsys, content):
     """It stays as it is. Figures of an older version once ended with a KeyError."""
@@ -143,14 +144,43 @@ def test_a_file_that_holds_no_figures_is_refused(folder, capsys, content):
     assert figures.read_text() == content
 
 
-def test_figures_of_another_machine_are_refused(folder, capsys):
+def measured_here(**machine_of: object) -> dict[str, object]:
+    """Return a case without rows, measured on this machine but for what is given."""
+    here = machine.describe(tempfile.gettempdir(), [])
+    return {
+        **{"rows": [], "busy_before": 0.0, "revision": "abc", "scale": 1, "repeat": 5},
+        "machine": {**here, **machine_of},
+    }
+
+
+@pytest.mark.parametrize("what", [{"cores": -1}, {"id": "its twin"}], ids=str)
+def test_figures_of_another_machine_are_refused(folder, capsys, what):
+    """Two machines of one kind were once taken for one."""
     figures = folder / "figures.json"
-    content = json.dumps({"machine": {"cores": -1}, "missing": [], "cases": {}})
+    case = measured_here(**{"file_system": machine.file_system(str(folder)), **what})
+    content = json.dumps({"cases": {"C1": case}})
     figures.write_text(content)
     said = refused(few(folder, "--json", str(figures)), capsys)
     assert "another machine" in said
     assert figures.read_text() == content
     assert os.listdir(folder) == [figures.name]
+
+
+def test_figures_keep_what_they_were_measured_with(folder):
+    """A run once gave its date, versions and peers to every case in the file."""
+    figures = folder / "figures.json"
+    old = measured_here(
+        file_system=machine.file_system(str(folder)),
+        date="2001-02-03",
+        versions={"metastore": "old"},
+        peers={"LMDB": "1"},
+    )
+    figures.write_text(json.dumps({"cases": {"C1": old}}))
+    assert main(few(folder, "--json", str(figures))) == 0
+    cases = json.loads(figures.read_text())["cases"]
+    assert cases["C1"] == old
+    assert cases["R1"]["machine"]["date"] > "2001-02-03"
+    assert cases["R1"]["machine"]["peers"] == {}
 
 
 # Directories that cannot be used, and disks that become full
@@ -292,7 +322,7 @@ def test_a_killed_run_takes_what_it_measures_with(folder):
 def figures_of(*revisions: str | None) -> dict[str, object]:
     """Return figures of as many cases, R1 and so on, without rows."""
     return {
-        f"R{number}": {"revision": revision} if revision else {}
+        f"R{number}": {"revision": revision}
         for number, revision in enumerate(revisions, 1)
     }
 
@@ -302,10 +332,23 @@ def test_the_report_names_the_revision():
 
 
 def test_the_report_tells_of_several_revisions():
-    """Also of figures that were taken before revisions were kept."""
+    """Also of figures that were taken without git."""
     said = report._revisions(figures_of("abc", None, "abc"))
-    assert said.startswith("**The cases are of several revisions**")
+    assert said.startswith("Revision: **not of all cases the same**: ")
     assert said.endswith("abc (R1, R3); unknown (R2).")
+
+
+def test_the_report_tells_of_several_dates_versions_and_peers():
+    cases = {
+        "C1": measured_here(date="2001-02-03", versions={"metastore": "1"}),
+        "P1": measured_here(date="2001-02-04", versions={"metastore": "2"}),
+        "P2": measured_here(date="2001-02-04", versions={"metastore": "2"}),
+    }
+    cases["P2"]["machine"]["peers"] = {"LMDB": "3"}
+    said = report._heading({"cases": cases})
+    assert "Measured on 2001-02-03 to 2001-02-04: " in said
+    assert "metastore 1 (C1); metastore 2 (P1, P2)." in said
+    assert "none (P1); LMDB 3 (P2)." in said
 
 
 @pytest.fixture
