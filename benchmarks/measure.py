@@ -25,6 +25,7 @@ __all__ = [
     "prepare_cache",
     "quantiles",
     "reset_peak",
+    "spread",
     "summary",
     "touch",
     "unchanged",
@@ -165,6 +166,14 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
         "min": min(samples),
         "max": max(samples),
     }
+
+
+def spread(samples: Sequence[float], form: str) -> str:
+    """Return median, least and greatest of the samples as a note has them."""
+    found = {name: format(sample, form) for name, sample in summary(samples).items()}
+    if found["min"] == found["max"]:
+        return found["median"]
+    return f"{found['median']} ({found['min']} to {found['max']})"
 
 
 def quantiles(latencies_ns: Sequence[int]) -> list[tuple[float, float]]:

@@ -24,7 +24,9 @@ if importlib.util.find_spec("benchmarks") is None:
 
 from benchmarks import instructions, machine, report
 from benchmarks.__main__ import main
-from benchmarks.cases import CASES
+from benchmarks.cases import CASES, commits
+from benchmarks.measure import Run
+from benchmarks.settings import Settings
 
 MEMORY = ("tmpfs", "ramfs")
 TIMEOUT_SECONDS = 60
@@ -415,6 +417,23 @@ def test_every_figure_stands_in_a_table(folder, case):
     for row in content["cases"][case]["rows"]:
         assert f"\n| {row['name']} | " in section
         assert row["goals"]
+
+
+def test_bare_writes_are_of_the_groups_of_their_round(folder, monkeypatch):
+    """In every other round they once took the groups of the round before."""
+    rounds = iter(range(1, 1000))
+
+    def commit_rate(*_: object) -> Run:
+        group = next(rounds)
+        return Run({"rate": 1.0, "latencies": [], "group": group}, 0, [])
+
+    monkeypatch.setattr(commits, "isolated", commit_rate)
+    monkeypatch.setattr(commits, "_bare_groups", lambda settings, group: float(group))
+    rows = commits.c2(Settings(str(folder), 5, 0.001, None, (), large=False))
+    for row, groups in zip(rows, ([1, 2, 3, 4, 5], [6, 7, 8, 9, 10]), strict=True):
+        assert row.samples[commits.GROUPS] == groups
+        assert row.as_json()["groups"] == groups
+    assert rows[0].notes == ["3.0 (1.0 to 5.0) commits shared a write"]
 
 
 # The count of instructions, on what callgrind_annotate once said

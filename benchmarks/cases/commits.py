@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
 import sys
 import threading
 import time
@@ -16,7 +17,14 @@ import numpy as np
 
 from benchmarks import data, limits
 from benchmarks.cases.recovery import ANCESTOR
-from benchmarks.measure import alternate, isolated, linked, quantiles, unchanged
+from benchmarks.measure import (
+    alternate,
+    isolated,
+    linked,
+    quantiles,
+    spread,
+    unchanged,
+)
 from benchmarks.peers import Batch, Metastore, Peer
 from benchmarks.results import OURS, Row
 from benchmarks.settings import NO_ROTATION, Settings, insert_arrays
@@ -136,13 +144,17 @@ def commit_rate(side: type[Peer], path: str, load: Load) -> dict[str, Any]:
 
 
 def measured(
-    settings: Settings, side: type[Peer], load: Load, kept: dict[str, Any]
+    settings: Settings,
+    side: type[Peer],
+    load: Load,
+    kept: dict[str, list[dict[str, Any]]],
 ) -> Callable[[], float]:
-    """Return a run of :func:`commit_rate`; `kept` gets the last result by side."""
+    """Return a run of :func:`commit_rate`; `kept` gets every result, by side."""
 
     def run(path: str) -> float:
-        kept[side.name] = isolated(commit_rate, side, path, load).result
-        return float(kept[side.name]["rate"])
+        found: dict[str, Any] = isolated(commit_rate, side, path, load).result
+        kept.setdefault(side.name, []).append(found)
+        return float(found["rate"])
 
     return lambda: settings.with_scratch(run)
 
@@ -183,7 +195,7 @@ def _ancestor(settings: Settings, load: Load, field: str) -> Callable[[], float]
 def c1(settings: Settings) -> list[Row]:
     """Durable one-record commits, one thread; in many short turns."""
     load = Load(settings.n(5_000), 1, 1)
-    kept: dict[str, Any] = {}
+    kept: dict[str, list[dict[str, Any]]] = {}
     bare_ns: list[int] = []
 
     def bare() -> float:
@@ -202,9 +214,32 @@ def c1(settings: Settings) -> list[Row]:
         "durable commits of one record, 1 thread",
         "/s",
         samples,
-        extra={"latencies": {OURS: kept[OURS]["latencies"], BARE: quantiles(bare_ns)}},
+        extra={
+            "latencies": {OURS: kept[OURS][-1]["latencies"], BARE: quantiles(bare_ns)}
+        },
     )
     return [row.times_better(ANCESTOR, 1.4).of_limit(BARE, 0.9)]
+
+
+def _with_bare_groups(
+    settings: Settings,
+    ours: Callable[[], float],
+    kept: dict[str, list[dict[str, Any]]],
+) -> tuple[Callable[[], float], list[float]]:
+    """Return a side that is ours and then its bare writes, and the rates of these.
+
+    As a side of their own they would come first in every other round, and would have to
+    take the size of the groups from the round before.
+    """
+    in_groups: list[float] = []
+
+    def run() -> float:
+        rate = ours()
+        os.sync()  # as between any two sides
+        in_groups.append(_bare_groups(settings, kept[OURS][-1]["group"]))
+        return rate
+
+    return run, in_groups
 
 
 def c2(settings: Settings) -> list[Row]:
@@ -212,23 +247,29 @@ def c2(settings: Settings) -> list[Row]:
     rows = []
     for n_threads, factor in ((8, 4), (64, 8)):
         load = Load(settings.n(20_000), 1, n_threads)
-        kept: dict[str, Any] = {}
+        kept: dict[str, list[dict[str, Any]]] = {}
         full = f"bare writes of {n_threads} frames"
+        ours = measured(settings, Metastore, load, kept)
+        ours_and_groups, in_groups = _with_bare_groups(settings, ours, kept)
         sides: dict[str, Callable[[], float | None]] = {
-            OURS: measured(settings, Metastore, load, kept),
-            GROUPS: lambda kept=kept: _bare_groups(settings, kept[OURS]["group"]),
+            OURS: ours_and_groups,
             full: lambda n=n_threads: _bare_groups(settings, n),
         }
         if settings.ancestor:
             sides[ANCESTOR] = _ancestor(settings, load, "batches_per_s")
+        samples = alternate(settings.repeat, sides)
+        groups = [found["group"] for found in kept[OURS]]
         row = Row(
             f"C2 {n_threads}",
             f"durable commits of one record, {n_threads} threads",
             "/s",
-            alternate(settings.repeat, sides),
-            extra={"latencies": {OURS: kept[OURS]["latencies"]}},
+            {OURS: samples.pop(OURS), GROUPS: in_groups, **samples},
+            extra={
+                "latencies": {OURS: kept[OURS][-1]["latencies"]},
+                "groups": groups,
+            },
         )
-        row.notes.append(f"{kept[OURS]['group']:.1f} commits shared a write")
+        row.notes.append(f"{spread(groups, '.1f')} commits shared a write")
         row.times_better(ANCESTOR, factor).of_limit(GROUPS, 0.5).beside(full)
         rows.append(row)
     return rows
@@ -490,7 +531,7 @@ def _beside_spinner(
     settings: Settings, name: str, what: str, load: Load, alone: float
 ) -> Row:
     """Measure ourselves and the peers; `alone` is the speed of a spinner by itself."""
-    kept: dict[str, Any] = {}
+    kept: dict[str, list[dict[str, Any]]] = {}
     sides = {
         side.name: measured(settings, side, load, kept)
         for side in (Metastore, *settings.peers)
@@ -503,7 +544,7 @@ def _beside_spinner(
         alternate(settings.repeat, sides),
     )
     row.notes += [
-        f"beside {side} the spinning thread kept {found['spins'] / alone:.0%} "
+        f"beside {side} the spinning thread kept {found[-1]['spins'] / alone:.0%} "
         "of its speed"
         for side, found in kept.items()
     ]

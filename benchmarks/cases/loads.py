@@ -190,7 +190,7 @@ def _commit_rows(settings: Settings) -> list[Row]:
         ("C2 64", "of one record, 64 threads", Load(settings.n(10_000), 1, 64), 1),
         ("C3", "of 1,000 records, 1 thread", Load(settings.n(200), 1000, 1), 1000),
     ):
-        kept: dict[str, Any] = {}
+        kept: dict[str, list[dict[str, Any]]] = {}
         sides: dict[str, Callable[[], float | None]] = {
             side.name: measured(settings, side, load, kept)
             for side in _sides(settings)
