@@ -63,15 +63,17 @@ class _Spinner:
     """A thread that never waits; how often it went round tells if it was stopped."""
 
     def __init__(self, active: bool) -> None:
-        self.rounds = 0
+        #: Rounds a second between its own first and last one.
+        self.speed = 0.0
         self._stop = False
         self._thread = threading.Thread(target=self._spin) if active else None
 
     def _spin(self) -> None:
         rounds = 0
+        started = time.perf_counter()
         while not self._stop:
             rounds += 1
-        self.rounds = rounds
+        self.speed = rounds / (time.perf_counter() - started)
 
     def __enter__(self) -> _Spinner:
         if self._thread:
@@ -100,7 +102,7 @@ def commit_rate(side: type[Peer], path: str, load: Load) -> dict[str, Any]:
     -------
     dict
         Commits per second, the distribution of latencies, how often the spinning
-        thread went round a second, and how many commits shared a write.
+        thread went round in a second, and how many commits shared a write.
     """
     if load.switch_seconds:
         sys.setswitchinterval(load.switch_seconds)
@@ -126,19 +128,21 @@ def commit_rate(side: type[Peer], path: str, load: Load) -> dict[str, Any]:
         return found
 
     shares = [batches[number :: load.n_threads] for number in range(load.n_threads)]
-    with ThreadPoolExecutor(load.n_threads) as pool, _Spinner(load.spin) as spinner:
+    with ThreadPoolExecutor(load.n_threads) as pool:
         futures = [pool.submit(work, share) for share in shares]
-        ready.wait()
-        started = time.perf_counter()
-        wait(futures)
-        seconds = time.perf_counter() - started
+        # not before: it would have most of the time in which the threads are made
+        with _Spinner(load.spin) as spinner:
+            ready.wait()
+            started = time.perf_counter()
+            wait(futures)
+            seconds = time.perf_counter() - started
     found = list(itertools.chain(*(future.result() for future in futures)))
     group = store.batches_per_write()
     store.close()
     return {
         "rate": len(found) / seconds,
         "latencies": quantiles(found),
-        "spins": spinner.rounds / seconds,
+        "spins": spinner.speed,
         "group": group,
     }
 
@@ -494,13 +498,12 @@ def _spins_alone(seconds: float) -> float:
     """Return how often the spinning thread goes round a second with nobody beside."""
     with _Spinner(True) as spinner:
         threading.Event().wait(seconds)
-    return spinner.rounds / seconds
+    return spinner.speed
 
 
 def c6(settings: Settings) -> list[Row]:
     """C1 and C2 beside one thread that spins in pure Python."""
     seconds = max(0.3, 2 * min(1, settings.scale))
-    alone = isolated(_spins_alone, seconds).result
     load = functools.partial(Load, 50_000, 1, seconds_max=seconds, spin=True)
     short = "C6 1 short interval"
     rows = []
@@ -519,7 +522,7 @@ def c6(settings: Settings) -> list[Row]:
         ),
         ("C6 64", "64 threads", load(n_threads=64)),
     ):
-        row = _beside_spinner(settings, name, what, some, alone)
+        row = _beside_spinner(settings, name, what, some)
         if name != short:  # shows a way out; nothing has to be reached by it
             for side in ("LMDB", "LevelDB", "SQLite"):
                 row.times_better(side, 1)
@@ -527,25 +530,30 @@ def c6(settings: Settings) -> list[Row]:
     return rows
 
 
-def _beside_spinner(
-    settings: Settings, name: str, what: str, load: Load, alone: float
-) -> Row:
-    """Measure ourselves and the peers; `alone` is the speed of a spinner by itself."""
+def _beside_spinner(settings: Settings, name: str, what: str, load: Load) -> Row:
+    """Measure ourselves and the peers, and a spinner by itself in each round too."""
     kept: dict[str, list[dict[str, Any]]] = {}
-    sides = {
+    sides: dict[str, Callable[[], float | None]] = {
         side.name: measured(settings, side, load, kept)
         for side in (Metastore, *settings.peers)
         if side.commits
     }
+    alone = "alone"
+    sides[alone] = lambda: float(isolated(_spins_alone, load.seconds_max).result)
+    samples = alternate(settings.repeat, sides)
+    speeds = samples.pop(alone)
     row = Row(
         name,
         f"durable commits of one record, {what}, beside one that spins",
         "/s",
-        alternate(settings.repeat, sides),
+        samples,
     )
-    row.notes += [
-        f"beside {side} the spinning thread kept {found[-1]['spins'] / alone:.0%} "
-        "of its speed"
-        for side, found in kept.items()
-    ]
+    for side, found in kept.items():
+        kept_speed = [
+            some["spins"] / speed for some, speed in zip(found, speeds, strict=True)
+        ]
+        row.notes.append(
+            f"beside {side} the spinning thread kept {spread(kept_speed, '.0%')} of "
+            "its speed"
+        )
     return row
