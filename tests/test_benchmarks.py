@@ -24,7 +24,7 @@ if importlib.util.find_spec("benchmarks") is None:
 
 from benchmarks import instructions, machine, report
 from benchmarks.__main__ import main
-from benchmarks.cases import CASES, commits
+from benchmarks.cases import CASES, commits, recovery
 from benchmarks.measure import Run
 from benchmarks.peers import Metastore
 from benchmarks.settings import Settings
@@ -458,6 +458,14 @@ def test_the_spinning_thread_begins_when_the_threads_are_made(folder, monkeypatc
     found = commits.commit_rate(Metastore, str(folder / "store"), load)
     assert made_before == [8]
     assert found["spins"] > 0
+
+
+def test_the_log_alone_is_the_log_beside_the_snapshot(folder):
+    """It once had user data and no updates: longer to recover, a softer limit."""
+    recovery.r5(Settings(str(folder), 1, 0.001, None, (), large=False))
+    logs = sorted(folder.glob("fixtures/*/log_*"), key=os.path.getsize)[-2:]
+    assert {log.parent.name.partition("-")[0] for log in logs} == {"changed", "changes"}
+    assert logs[0].stat().st_size == logs[1].stat().st_size
 
 
 # The count of instructions, on what callgrind_annotate once said

@@ -243,6 +243,7 @@ def r4(settings: Settings) -> list[Row]:
 
 
 def _add_changes(path: str, n_records: int, n_changes: int, batch: int) -> None:
+    """Log changes to records 0 to `n_records`; a store without any is created."""
     from metastore import MetadataStore
 
     store, _ = MetadataStore.recover(path, log_size_bytes_min=NO_ROTATION)
@@ -287,9 +288,12 @@ def r5(settings: Settings) -> list[Row]:
         os.rename(copy, path)
 
     fixture = settings.fixture(f"changed-{n_records}-{n_changes}", make)
-    log = settings.log(n_changes, 1000, 8, sealed=True)
+    log = settings.fixture(
+        f"changes-{n_records}-{n_changes}",
+        lambda path: _add_changes(path, n_records, n_changes, 1000),
+    )
     expected = isolated(_changed, n_records, n_changes).result
-    sum_of_parts = "the snapshot alone and as long a log alone"
+    sum_of_parts = "the snapshot alone and the same log alone"
 
     def parts(result_size: int) -> dict[str, Callable[[], float]]:
         snapshot_alone = _ours(settings, snapshot, result_size)
