@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -138,30 +139,44 @@ def _data_directory(parent: str) -> Iterator[str]:
         _remove(path)
 
 
-def _run_case(case: Case, settings: Settings) -> dict[str, Any]:
-    """Run one case in its own process, with its children in its group."""
-    fields = dataclasses.asdict(settings)
-    peers = fields.pop("peer_modules")
-    request = {"case": case.name, "settings": fields, "peer_modules": peers}
+@contextlib.contextmanager
+def _worker(request: dict[str, Any]) -> Iterator[subprocess.Popen[str]]:
+    """Ask a new process for a case; end it, with what it measures, behind the block."""
     reading, writing = os.pipe()
-    with open(reading, "rb") as stdin, open(writing, "w", encoding="utf-8") as asking:
-        process = subprocess.Popen(
+    with (
+        open(reading, "rb") as stdin,
+        # left open: the worker ends when we do, however that comes
+        open(writing, "w", encoding="utf-8") as asking,
+        subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker"],
             stdin=stdin,
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-        )
+        ) as process,
+    ):
         try:
-            # left open: the worker ends when we do, however that comes
             print(json.dumps(request), file=asking, flush=True)
-            output, _ = process.communicate(timeout=_CASE_SECONDS_MAX)
+            yield process
         finally:
             # whatever is left of it after an interrupt or a time-out
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _run_case(case: Case, settings: Settings) -> dict[str, Any]:
+    """Run one case in its own process, with its children in its group."""
+    fields = dataclasses.asdict(settings)
+    peers = fields.pop("peer_modules")
+    request = {"case": case.name, "settings": fields, "peer_modules": peers}
+    with _worker(request) as process:
+        try:
+            output, _ = process.communicate(timeout=_CASE_SECONDS_MAX)
+        except subprocess.TimeoutExpired:
+            hours = _CASE_SECONDS_MAX / 3600
+            return {"error": f"the case took longer than {hours:g} hours"}
     if process.returncode:
         return {"error": f"the case ended with exit code {process.returncode}"}
     answer: dict[str, Any] = json.loads(output)
@@ -187,7 +202,7 @@ def _measure(
     """Run the cases one after another; return whether all of them succeeded."""
     peers, missing = find(arguments.peers)
     if arguments.ancestor:
-        Ancestor(arguments.ancestor)  # refuses what cannot be run
+        Ancestor(arguments.ancestor)  # refuses what is no program
     parent = os.path.abspath(arguments.directory or "build")
     if arguments.directory is None:
         os.makedirs(parent, exist_ok=True)
@@ -206,6 +221,8 @@ def _measure(
         )
         here = machine.describe(directory, peers)
         figures.check_machine(here)
+        if settings.ancestor:
+            settings.with_scratch(settings.ancestor.probe)
         for case in cases:
             about = {
                 "busy_before": machine.busy_processors(settings.scale),
@@ -237,7 +254,7 @@ def main(argv: list[str]) -> int:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, _interrupt)
     try:
-        if arguments.repeat < 1 or arguments.scale <= 0:
+        if arguments.repeat < 1 or not 0 < arguments.scale < math.inf:
             raise BenchmarkError("--repeat and --scale must be positive")
         figures = report.Figures(arguments.json)
         cases = _chosen(arguments)

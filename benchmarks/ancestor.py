@@ -4,15 +4,30 @@ repository; docs/performance.md says what it is).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 from typing import Any
 
+from benchmarks import data
 from benchmarks.data import Arrays
 from benchmarks.measure import BenchmarkError
 
 __all__ = ["Ancestor"]
+
+
+_PROBE_RECORDS = 100
+
+
+def _first_answer(*outputs: str) -> dict[str, Any] | None:
+    """Return the first line that is a JSON object."""
+    for line in "\n".join(outputs).splitlines():
+        with contextlib.suppress(ValueError):
+            answer = json.loads(line)
+            if isinstance(answer, dict):
+                return answer
+    return None
 
 
 class Ancestor:
@@ -26,21 +41,48 @@ class Ancestor:
     """
 
     def __init__(self, binary: str) -> None:
-        if not os.access(binary, os.X_OK):
+        if not (os.path.isfile(binary) and os.access(binary, os.X_OK)):
             raise BenchmarkError(f"the ancestor cannot be run: {binary}")
         self._binary = binary
         self._compact = f"{binary}-c8" if os.path.exists(f"{binary}-c8") else binary
 
     def _run(self, *args: object, compact: bool = False) -> dict[str, Any]:
         command = [self._compact if compact else self._binary, *map(str, args)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        lines = done.stdout.splitlines()
+        try:
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
+            )
+        except OSError as error:
+            raise BenchmarkError(
+                f"the ancestor cannot be run: {command[0]}: {error.strerror}"
+            ) from error
         # its shutdown sometimes crashes: what it printed before counts
-        answers = [line for line in lines + done.stderr.splitlines() if line[:1] == "{"]
-        if not answers or "error" in json.loads(answers[0]):
-            raise BenchmarkError(f"the ancestor failed: {command}: {done.stderr}")
-        answer: dict[str, Any] = json.loads(answers[0])
+        answer = _first_answer(done.stdout, done.stderr)
+        if answer is None or "error" in answer:
+            said = " ".join(done.stderr.split()) or "it said nothing"
+            raise BenchmarkError(f"the ancestor failed: {' '.join(command)}: {said}")
         return answer
+
+    def probe(self, path: str) -> None:
+        """Raise unless it makes a small store in `path` and recovers our records."""
+        expected = data.checksum(data.records(0, _PROBE_RECORDS, 8))
+        self.make_snapshot(path, _PROBE_RECORDS, 8)
+        found = self.recover(path)
+        try:
+            checksum, _ = int(found["checksum"], 16), float(found["seconds"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise BenchmarkError(
+                f"not the ancestor: {self._binary}: it answers a recovery with {found}"
+            ) from error
+        if checksum != expected:
+            raise BenchmarkError(
+                f"not the ancestor: {self._binary}: it recovered other records"
+            )
 
     def make_snapshot(self, path: str, n_records: int, user_data_size: int) -> None:
         """Write records 0 to `n_records` as a snapshot."""

@@ -95,9 +95,11 @@ def _child(
     try:
         peak = reset_peak()
         result = function(*args)
-        connection.send((True, result, peak()))
+        connection.send(("returned", result, peak()))
+    except BenchmarkError as error:  # says all there is to say
+        connection.send(("refused", str(error), 0))
     except BaseException:
-        connection.send((False, traceback.format_exc(), 0))
+        connection.send(("failed", traceback.format_exc(), 0))
     connection.close()
     os._exit(0)  # as a killed process: no finalizer, no shutdown that was not asked for
 
@@ -127,14 +129,16 @@ def isolated(
         sizes = _status_sizes(process.pid or 0, "RssAnon", "RssFile")
         memory.append((time.perf_counter() - started, sizes[0], sizes[1]))
     try:
-        succeeded, result, peak = here.recv()
+        outcome, result, peak = here.recv()
     except EOFError:
         process.join()
         raise BenchmarkError(
             f"the measured process died with exit code {process.exitcode}"
         ) from None
     process.join()
-    if not succeeded:
+    if outcome == "refused":
+        raise BenchmarkError(result)
+    if outcome == "failed":
         raise BenchmarkError(f"the measured process failed:\n{result}")
     return Run(result, peak, memory)
 

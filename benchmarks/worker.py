@@ -1,5 +1,7 @@
 """One case in its own process: settings from stdin, rows to stdout, as JSON.
 
+What else is printed, by a library say, goes to stderr.
+
 Stdin stays open as long as the process that asks: its end is the worker's end.
 """
 
@@ -31,6 +33,8 @@ def _end_with_the_run() -> None:
 def main() -> int:
     """Run the case that is asked for."""
     request = json.loads(sys.stdin.readline())
+    answering = os.dup(1)
+    os.dup2(2, 1)
     threading.Thread(target=_end_with_the_run, daemon=True).start()
     settings = Settings(
         **{**request["settings"], "peer_modules": tuple(request["peer_modules"])}
@@ -43,7 +47,8 @@ def main() -> int:
     else:
         answer = {"rows": [row.as_json() for row in rows]}
     answer["seconds"] = time.perf_counter() - started
-    json.dump(answer, sys.stdout)
+    with open(answering, "w", encoding="utf-8") as stdout:
+        json.dump(answer, stdout)
     return 0
 
 

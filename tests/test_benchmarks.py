@@ -25,7 +25,7 @@ if importlib.util.find_spec("benchmarks") is None:
 from benchmarks import instructions, machine, report
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES, commits, recovery
-from benchmarks.measure import Run
+from benchmarks.measure import BenchmarkError, Run, isolated
 from benchmarks.peers import Metastore
 from benchmarks.settings import Settings
 
@@ -116,13 +116,44 @@ def test_a_missing_peer_is_refused(folder, capsys, monkeypatch):
         (["--only", "R1,R99"], "unknown case R99"),
         (["--only", "R6"], "--large"),
         (["--ancestor", "no-such-file"], "no-such-file"),
+        (["--ancestor", "tests"], "tests"),
         (["--repeat", "0"], "--repeat"),
         (["--scale", "-1"], "--scale"),
+        (["--scale", "nan"], "--scale"),
+        (["--scale", "inf"], "--scale"),
         (["--directory", "no-such-folder"], "no-such-folder"),
     ],
 )
 def test_arguments_that_mean_nothing_are_refused(folder, capsys, more, what):
     assert what in refused(few(folder, *more), capsys)
+    assert os.listdir(folder) == []
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "#!/bin/sh",
+        "#!/bin/sh\necho '{garbage'",
+        "#!/bin/sh\nprintf '\\377'",
+        "#!/bin/sh\necho '[1]'",
+        "#!/bin/sh\necho '{\"seconds\": 1}'",
+        '#!/bin/sh\necho \'{"seconds": 1, "checksum": "abc"}\'',
+        '#!/bin/sh\necho \'{"error": "abc"}\'',
+        "#!/no/such/shell",
+    ],
+    ids=[
+        *("silent", "garbage", "no text", "list", "no checksum", "other records"),
+        *("error", "no shell"),
+    ],
+)
+def test_what_is_not_the_ancestor_is_refused(folder, tmp_path_factory, capsys, script):
+    """It was met in the middle of a case, by a traceback or a wait for nothing."""
+    program = tmp_path_factory.mktemp("bin") / "ancestor"
+    program.write_text(f"{script}\n")
+    program.chmod(0o755)
+    said = refused(few(folder, "--ancestor", str(program)), capsys)
+    assert str(program) in said
+    assert "Traceback" not in said
     assert os.listdir(folder) == []
 
 
@@ -234,6 +265,55 @@ def full(*args, **options):
 
 os.{call} = full
 """
+
+
+def test_what_is_refused_in_a_measured_process_is_one_sentence():
+    """It was the end of a traceback."""
+
+    def refuse() -> None:
+        raise BenchmarkError("this does not run here")
+
+    with pytest.raises(BenchmarkError) as caught:
+        isolated(refuse)
+    assert str(caught.value) == "this does not run here"
+
+
+def test_a_case_that_takes_too_long_is_told_and_the_next_one_runs(
+    folder, capsys, monkeypatch
+):
+    """It ended the run by a traceback."""
+    monkeypatch.setattr("benchmarks.__main__._CASE_SECONDS_MAX", 0.036)
+    assert main(few(folder, "--only", "R1,R2", "--repeat", "1000000")) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "R1: the case took longer than 1e-05 hours",
+        "R2: the case took longer than 1e-05 hours",
+    ]
+    assert os.listdir(folder) == []
+
+
+#: Imported by every Python before anything else: each link is told on stdout.
+TALKING = """
+import os
+
+link = os.link
+
+def talk(*args, **options):
+    os.write(1, b"linked")
+    link(*args, **options)
+
+os.link = talk
+"""
+
+
+def test_a_library_that_prints_spoils_no_figures(
+    folder, tmp_path_factory, capsys, monkeypatch
+):
+    """What it printed stood amid the answer of the case, which nobody could read."""
+    patch = tmp_path_factory.mktemp("patch")
+    (patch / "sitecustomize.py").write_text(TALKING)
+    monkeypatch.setenv("PYTHONPATH", str(patch))
+    assert main(few(folder)) == 0
+    assert "linked" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("call", ["link", "fsync"], ids=["case", "measured process"])
