@@ -116,13 +116,43 @@ def _is_alive(pid: int) -> bool:
 _PREFIX = "metastore-benchmarks-"
 
 
-def _remove(path: str) -> None:
+#: What interrupts a run, which then cleans up.
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _interrupt(*_: object) -> None:
+    """Let the first signal interrupt; one while we clean up would leave the data."""
+    for number in _INTERRUPTS:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _handlers(handler: Any) -> Iterator[None]:
+    """Have a handler for what interrupts, but for what is ignored, as nohup has it."""
+    before = {number: signal.getsignal(number) for number in _INTERRUPTS}
+    for number, old in before.items():
+        if old != signal.SIG_IGN:
+            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _undisturbed() -> contextlib.AbstractContextManager[None]:
+    return _handlers(signal.SIG_IGN)
+
+
+def _remove(path: str) -> bool:
     """Remove a directory that processes which were just killed may still write to."""
     for _ in range(10):
         shutil.rmtree(path, ignore_errors=True)
         if not os.path.exists(path):
-            return
+            return True
         time.sleep(0.1)
+    return False
 
 
 @contextlib.contextmanager
@@ -134,9 +164,15 @@ def _data_directory(parent: str) -> Iterator[str]:
             _remove(os.path.join(parent, name))
     path = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent)
     try:
-        yield path
-    finally:
-        _remove(path)
+        try:
+            yield path
+        finally:
+            with _undisturbed():
+                removed = _remove(path)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "the data was removed" if removed else f"the data is left: {path}"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -243,16 +279,14 @@ def _measure(
     return succeeded
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt  # so that others than SIGINT clean up too
-
-
 def main(argv: list[str]) -> int:
     """Run the command; return its exit status."""
     arguments = _arguments(argv)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, _interrupt)
+    with _handlers(_interrupt):
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.repeat < 1 or not 0 < arguments.scale < math.inf:
             raise BenchmarkError("--repeat and --scale must be positive")
@@ -269,8 +303,9 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("benchmarks: interrupted; the data was removed", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        said = "; ".join(["interrupted", *interrupt.args])
+        print(f"benchmarks: {said}", file=sys.stderr)
         return 130
     return 0 if succeeded else 1
 

@@ -377,6 +377,62 @@ def test_an_interrupted_run_leaves_no_data(folder, number):
     assert os.listdir(folder) == []
 
 
+#: Imported by every Python before anything else: removing the data of a run, and that
+#: alone, is a moment in which the signal comes again; or it fails.
+AT_REMOVAL = """
+import os, shutil, signal
+
+remove = shutil.rmtree
+
+def interrupted(path, **options):
+    if os.path.basename(path).startswith("metastore-benchmarks-"):
+        {instead}
+    remove(path, **options)
+
+shutil.rmtree = interrupted
+"""
+
+
+def interrupted_at(folder: Path, patch: Path, instead: str) -> list[str]:
+    """Interrupt a run with `instead` in its removal of the data; what it says."""
+    (patch / "sitecustomize.py").write_text(AT_REMOVAL.format(instead=instead))
+    command = [sys.executable, "-m", "benchmarks", *few(folder, "--repeat", "1000000")]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(patch)},
+    ) as run:
+        try:
+            wait_until(lambda: list(folder.glob("*/scratch/*")), run)
+            run.send_signal(signal.SIGINT)
+            _, said = run.communicate(timeout=TIMEOUT_SECONDS)
+        finally:
+            run.kill()
+    assert run.returncode == 130
+    return said.splitlines()
+
+
+@pytest.mark.usefixtures("_interrupts_reach_children")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupt_amid_the_removal_of_the_data_does_not_stop_it(
+    folder, tmp_path_factory, number
+):
+    """A second Ctrl-C left the data, and the run said that it was removed."""
+    instead = f"os.kill(os.getpid(), {number:d})"
+    said = interrupted_at(folder, tmp_path_factory.mktemp("patch"), instead)
+    assert said[-1] == "benchmarks: interrupted; the data was removed"
+    assert os.listdir(folder) == []
+
+
+@pytest.mark.usefixtures("_interrupts_reach_children")
+def test_data_that_cannot_be_removed_is_not_called_removed(folder, tmp_path_factory):
+    said = interrupted_at(folder, tmp_path_factory.mktemp("patch"), "return")
+    (left,) = folder.iterdir()
+    assert said[-1] == f"benchmarks: interrupted; the data is left: {left}"
+
+
 def test_a_killed_run_takes_what_it_measures_with(folder):
     """It measured on for hours, in a session of its own, and kept the data in use.
 
