@@ -24,7 +24,8 @@ if importlib.util.find_spec("benchmarks") is None:
 
 from benchmarks import instructions, machine, report
 from benchmarks.__main__ import main
-from benchmarks.cases import CASES, commits, recovery
+from benchmarks.ancestor import Ancestor
+from benchmarks.cases import CASES, commits, compaction, recovery
 from benchmarks.measure import BenchmarkError, Run, isolated
 from benchmarks.peers import Metastore
 from benchmarks.settings import Settings
@@ -602,6 +603,28 @@ def test_the_log_alone_is_the_log_beside_the_snapshot(folder):
     logs = sorted(folder.glob("fixtures/*/log_*"), key=os.path.getsize)[-2:]
     assert {log.parent.name.partition("-")[0] for log in logs} == {"changed", "changes"}
     assert logs[0].stat().st_size == logs[1].stat().st_size
+
+
+def test_every_side_of_a_compaction_is_warm(folder, monkeypatch):
+    """Ours is, since the recovery before has read it; the others read cold files."""
+    warmed: list[str] = []
+    monkeypatch.setattr(compaction, "warm_cache", warmed.append)
+    monkeypatch.setattr(Ancestor, "__init__", lambda self, binary: None)
+    for made in ("make_snapshot", "make_log_of"):
+        monkeypatch.setattr(
+            Ancestor, made, lambda self, path, *_: os.makedirs(path, exist_ok=True)
+        )
+    monkeypatch.setattr(Ancestor, "compact", lambda self, path: 1.0)
+    compaction.k1(Settings(str(folder), 1, 0.0002, "ancestor", (), large=False))
+    kinds = [Path(path).parent.name for path in warmed]
+    assert sorted(kinds) == ["fixtures"] * 3 + ["scratch"] * 3
+
+
+def test_large_recoveries_are_verified(folder, monkeypatch):
+    """R6 alone gave figures of recoveries whose records nobody looked at."""
+    monkeypatch.setattr(recovery, "_expected", lambda n_records, user_data_size: 0)
+    with pytest.raises(BenchmarkError, match="recovered other records"):
+        recovery.r6(Settings(str(folder), 1, 0.0001, None, (), large=True))
 
 
 # The count of instructions, on what callgrind_annotate once said

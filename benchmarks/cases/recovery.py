@@ -334,6 +334,9 @@ def r6(settings: Settings) -> list[Row]:
                 if batch
                 else settings.snapshot(n_records, user_data_size)
             )
+            _verify(
+                settings, fixture, isolated(_expected, n_records, user_data_size).result
+            )
             run = _ours(settings, fixture, n_records * (24 + user_data_size))
             sides[n_records] = functools.partial(_scaled, run, 1e9 / n_records)
         small_name = f"{settings.n(small):,} records"
