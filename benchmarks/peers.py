@@ -35,8 +35,8 @@ class Peer(abc.ABC):
     name: ClassVar[str]
     #: The module to import, which is also how the command line calls the peer.
     module: ClassVar[str]
-    #: Whether each record has its own key, which a later one replaces.
-    keyed: ClassVar[bool] = True
+    #: What installs the module, if that is called otherwise.
+    distribution: ClassVar[str | None] = None
     #: Whether small commits and several threads make sense for it.
     commits: ClassVar[bool] = True
 
@@ -72,7 +72,7 @@ class Peer(abc.ABC):
     @classmethod
     def installed_version(cls) -> str:
         """Return the version of the binding, and of the store where it is known."""
-        return importlib.metadata.version(cls.module)
+        return importlib.metadata.version(cls.distribution or cls.module)
 
 
 class Metastore(Peer):
@@ -193,7 +193,6 @@ class LmdbDuplicates(Lmdb):
 
     name = "LMDB, fixed-size duplicates (a trick)"
     commits = False
-    keyed = False
     _width: ClassVar[int] = 24
 
     def _open(self, path: str) -> None:
@@ -365,7 +364,6 @@ class DuckDb(Peer):
 
     name = "DuckDB, without a key"
     module = "duckdb"
-    keyed = False
 
     def _open(self, path: str) -> None:
         self._connection = self._api.connect(os.path.join(path, "records.duckdb"))

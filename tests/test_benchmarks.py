@@ -27,7 +27,7 @@ from benchmarks.__main__ import main
 from benchmarks.ancestor import Ancestor
 from benchmarks.cases import CASES, commits, compaction, recovery
 from benchmarks.measure import BenchmarkError, Run, isolated
-from benchmarks.peers import Metastore
+from benchmarks.peers import Metastore, Peer
 from benchmarks.settings import Settings
 
 MEMORY = ("tmpfs", "ramfs")
@@ -625,6 +625,16 @@ def test_large_recoveries_are_verified(folder, monkeypatch):
     monkeypatch.setattr(recovery, "_expected", lambda n_records, user_data_size: 0)
     with pytest.raises(BenchmarkError, match="recovered other records"):
         recovery.r6(Settings(str(folder), 1, 0.0001, None, (), large=True))
+
+
+def test_a_peer_may_come_from_a_distribution_of_another_name():
+    """Its version was asked for by the name of its module."""
+
+    class Other(Peer):
+        module = "_pytest"
+        distribution = "pytest"
+
+    assert Other.installed_version() == pytest.__version__
 
 
 # The count of instructions, on what callgrind_annotate once said
