@@ -144,23 +144,21 @@ def isolated(
 
 
 def alternate(
-    n_rounds: int, sides: Mapping[str, Callable[[], float | None]]
+    n_rounds: int, sides: Mapping[str, Callable[[], float]]
 ) -> dict[str, list[float]]:
     """Run every side once a round, forwards and backwards by turns.
 
-    A side that returns None has no figure. The n-th sample of each side is of the n-th
-    round, so that ratios can be taken within rounds. What one side left to be written
-    out is on the disk before the next begins: none waits for another's work.
+    The n-th sample of each side is of the n-th round, so that ratios can be taken
+    within rounds. What one side left to be written out is on the disk before the next
+    begins: none waits for another's work.
     """
     samples: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(n_rounds):
         names = list(sides)
         for name in names if number % 2 == 0 else reversed(names):
             os.sync()
-            sample = sides[name]()
-            if sample is not None:
-                samples[name].append(sample)
-    return {name: some for name, some in samples.items() if some}
+            samples[name].append(sides[name]())
+    return samples
 
 
 def summary(samples: Sequence[float]) -> dict[str, float]:

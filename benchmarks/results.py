@@ -63,12 +63,9 @@ class Row:
 
     def _ratios(self, over: str, under: str) -> list[float]:
         a, b = self.samples[over], self.samples[under]
-        if len(a) == len(b):
-            return [x / y for x, y in zip(a, b, strict=True)]
-        # a side with one figure, say a computed bound
-        if 1 in (len(a), len(b)):
+        if 1 in (len(a), len(b)):  # a side with one figure, say a computed bound
             return [x / y for x in a for y in b]
-        return [statistics.median(a) / statistics.median(b)]
+        return [x / y for x, y in zip(a, b, strict=True)]
 
     def beside(self, side: str) -> Row:
         """Give the ratio to a side that no goal is set against."""

@@ -206,7 +206,7 @@ def c1(settings: Settings) -> list[Row]:
         bare_ns[:] = _bare(settings, _ONE_RECORD_FRAME_SIZE, load.n_batches)
         return _rate(bare_ns)
 
-    sides: dict[str, Callable[[], float | None]] = {
+    sides: dict[str, Callable[[], float]] = {
         OURS: measured(settings, Metastore, load, kept),
         BARE: bare,
     }
@@ -255,7 +255,7 @@ def c2(settings: Settings) -> list[Row]:
         full = f"bare writes of {n_threads} frames"
         ours = measured(settings, Metastore, load, kept)
         ours_and_groups, in_groups = _with_bare_groups(settings, ours, kept)
-        sides: dict[str, Callable[[], float | None]] = {
+        sides: dict[str, Callable[[], float]] = {
             OURS: ours_and_groups,
             full: lambda n=n_threads: _bare_groups(settings, n),
         }
@@ -329,7 +329,7 @@ def c3(settings: Settings) -> list[Row]:
         latencies_ns = _bare(settings, size, load.n_batches, zeroed=zeroed)
         return _rate(latencies_ns, load.batch_records)
 
-    sides: dict[str, Callable[[], float | None]] = {
+    sides: dict[str, Callable[[], float]] = {
         OURS: lambda: ours() * 1000,
         APPENDING: lambda: bare(False),
         BARE: lambda: bare(True),
@@ -533,7 +533,7 @@ def c6(settings: Settings) -> list[Row]:
 def _beside_spinner(settings: Settings, name: str, what: str, load: Load) -> Row:
     """Measure ourselves and the peers, and a spinner by itself in each round too."""
     kept: dict[str, list[dict[str, Any]]] = {}
-    sides: dict[str, Callable[[], float | None]] = {
+    sides: dict[str, Callable[[], float]] = {
         side.name: measured(settings, side, load, kept)
         for side in (Metastore, *settings.peers)
         if side.commits

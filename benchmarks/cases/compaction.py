@@ -104,7 +104,7 @@ def _case(
     def ours(path: str) -> float:
         return float(isolated(_compact, path, change, n_records).result)
 
-    sides: dict[str, Callable[[], float | None]] = {
+    sides: dict[str, Callable[[], float]] = {
         OURS: lambda: settings.with_copy(fixture, ours),
         COPY: _copy(settings, fixture),
     }

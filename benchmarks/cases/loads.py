@@ -106,7 +106,7 @@ def _columns(settings: Settings, n_records: int, *, cold: bool) -> Callable[[], 
 
 
 def _load_row(settings: Settings, n_records: int, *, cold: bool) -> Row:
-    sides: dict[str, Callable[[], float | None]] = {
+    sides: dict[str, Callable[[], float]] = {
         side.name: _loading(settings, side, n_records, cold=cold)
         for side in _sides(settings)
     }
@@ -165,7 +165,7 @@ def p2(settings: Settings) -> list[Row]:
             lambda path: float(isolated(_put, side, path, n_records).result)
         )
 
-    sides: dict[str, Callable[[], float | None]] = {
+    sides: dict[str, Callable[[], float]] = {
         side.name: putting(side) for side in _sides(settings)
     }
     sides[RAW_LOG] = lambda: float(
@@ -191,7 +191,7 @@ def _commit_rows(settings: Settings) -> list[Row]:
         ("C3", "of 1,000 records, 1 thread", Load(settings.n(200), 1000, 1), 1000),
     ):
         kept: dict[str, list[dict[str, Any]]] = {}
-        sides: dict[str, Callable[[], float | None]] = {
+        sides: dict[str, Callable[[], float]] = {
             side.name: measured(settings, side, load, kept)
             for side in _sides(settings)
             if side.commits

@@ -126,7 +126,7 @@ def _measure(
 ) -> tuple[dict[str, list[float]], list[int]]:
     """Return the samples of us, the ancestor, the copy and more; the arrays' sizes."""
     sizes = _verify(settings, fixture, expected)
-    sides: dict[str, Callable[[], float | None]] = {
+    sides: dict[str, Callable[[], float]] = {
         OURS: _ours(settings, fixture, sum(sizes)),
         COPY: _copy(sizes),
         **more(sum(sizes)),

@@ -40,7 +40,7 @@ def _recovery_row(
         kept["run"] = run
         return run.peak_size
 
-    sides: dict[str, Callable[[], float | None]] = {
+    sides: dict[str, Callable[[], float]] = {
         OURS: lambda: settings.with_copy(fixture, ours)
     }
     ancestor = settings.ancestor
