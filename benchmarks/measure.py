@@ -50,6 +50,8 @@ class Run:
     peak_size: int
     #: (seconds since the start, anonymous bytes, file-backed bytes), if sampled.
     memory: list[tuple[float, int, int]]
+    #: The start, by `time.perf_counter`, which all processes share.
+    started: float = 0
 
 
 def _status_sizes(pid: int | str, *names: str) -> list[int]:
@@ -140,7 +142,7 @@ def isolated(
         raise BenchmarkError(result)
     if outcome == "failed":
         raise BenchmarkError(f"the measured process failed:\n{result}")
-    return Run(result, peak, memory)
+    return Run(result, peak, memory, started)
 
 
 def alternate(

@@ -25,9 +25,10 @@ if importlib.util.find_spec("benchmarks") is None:
 from benchmarks import instructions, machine, report
 from benchmarks.__main__ import main
 from benchmarks.ancestor import Ancestor
-from benchmarks.cases import CASES, commits, compaction, recovery
+from benchmarks.cases import CASES, commits, compaction, recovery, sizes
 from benchmarks.measure import BenchmarkError, Run, isolated
 from benchmarks.peers import Metastore, Peer
+from benchmarks.results import OURS
 from benchmarks.settings import Settings
 
 MEMORY = ("tmpfs", "ramfs")
@@ -625,6 +626,19 @@ def test_large_recoveries_are_verified(folder, monkeypatch):
     monkeypatch.setattr(recovery, "_expected", lambda n_records, user_data_size: 0)
     with pytest.raises(BenchmarkError, match="recovered other records"):
         recovery.r6(Settings(str(folder), 1, 0.0001, None, (), large=True))
+
+
+def test_the_memory_of_a_compaction_is_without_the_recovery(folder, monkeypatch):
+    """The picture had the recovery before it, ten times what the table said."""
+    memory = [(0.0, 900, 0), (1.0, 800, 0), (2.0, 100, 0), (3.0, 120, 0)]
+    monkeypatch.setattr(Settings, "snapshot", lambda *_: str(folder / "store"))
+    (folder / "store").mkdir()
+    monkeypatch.setattr(
+        sizes, "isolated", lambda *_, **__: Run((120, 51.5), 0, memory, started=50.0)
+    )
+    settings = Settings(str(folder), 1, 0.001, None, (), large=False)
+    row = sizes._compaction_row(settings, 1000, 1000)
+    assert row.extra["memory"] == {OURS: [(0.5, 100, 0), (1.5, 120, 0)]}
 
 
 def test_a_peer_may_come_from_a_distribution_of_another_name():
