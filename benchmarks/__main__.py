@@ -257,6 +257,7 @@ def _measure(
         )
         here = machine.describe(directory, peers)
         figures.check_machine(here)
+        figures.save()  # what cannot be written shows before an hour is spent
         if settings.ancestor:
             settings.with_scratch(settings.ancestor.probe)
         for case in cases:

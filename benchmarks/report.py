@@ -63,9 +63,10 @@ class Figures:
     def add(self, case: str, result: dict[str, Any]) -> None:
         """Put in the result of a case, and save the file."""
         self.content["cases"][case] = result
-        self._save()
+        self.save()
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write the file, if there is to be one, whole or not at all."""
         if self._path:
             part = f"{self._path}.part"
             with open(part, "w", encoding="utf-8") as file:
