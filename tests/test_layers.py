@@ -29,7 +29,7 @@ LAYERS = (
     ("snapshot", "log"),
     ("arguments", "frames"),
     ("columns",),
-    ("report", "read_ahead"),
+    ("quarantine", "report", "read_ahead"),
     ("directory",),
     ("format",),
     ("_codec", "_commit", "_merge"),
