@@ -25,14 +25,13 @@ from metastore.directory import (
     FileName,
     FileProtocol,
     file_sizes,
+    read_header,
 )
 from metastore.errors import CorruptionError
 from metastore.format import (
     BLOCK_RECORDS_TARGET,
     BLOCK_USER_DATA_SIZE_MAX,
-    FILE_HEADER_SIZE,
     INDEX_DTYPE,
-    FileHeader,
 )
 from metastore.frames import encode_block
 from metastore.gate import Gate
@@ -217,14 +216,9 @@ def _open_snapshot(
 ) -> SnapshotReader:
     file = directory.open(path)
     try:
-        return SnapshotReader(file, _header_of(file, name))
+        return SnapshotReader(file, read_header(file, name))
     finally:
         file.close()
-
-
-def _header_of(file: FileProtocol, name: FileName) -> FileHeader:
-    data = bytes(file.read(0, FILE_HEADER_SIZE))
-    return FileHeader.unpack(data, name.kind, name.number, file.path)
 
 
 def _read_run(
@@ -240,7 +234,7 @@ def _read_run(
     bounds = [first for _, first in logs[1:]] + [sequence + 1]
 
     def prepare(name: FileName, first: int, bound: int, file: FileProtocol) -> LogFile:
-        header = _header_of(file, name)
+        header = read_header(file, name)
         if header.store_id != store_id or header.sequence != first:
             raise CorruptionError(file.path, 0, "the log was exchanged for another")
         return LogFile(file, header, bound, is_mapped=True)

@@ -22,7 +22,7 @@ from typing import Protocol
 import numpy as np
 
 from metastore.errors import StoreClosedError, StoreLockedError
-from metastore.format import NUMBER_MAX
+from metastore.format import FILE_HEADER_SIZE, NUMBER_MAX, FileHeader
 
 __all__ = [
     "QUARANTINE",
@@ -38,6 +38,7 @@ __all__ = [
     "is_cached",
     "parse_listing",
     "publish",
+    "read_header",
     "release_pages",
     "scattered_reads",
 ]
@@ -535,6 +536,12 @@ def file_sizes(
         with contextlib.closing(directory.open(str(name))) as file:
             sizes[name] = file.size()
     return sizes
+
+
+def read_header(file: FileProtocol, name: FileName) -> FileHeader:
+    """Return the header of a log or snapshot; the file must be what its name says."""
+    data = bytes(file.read(0, FILE_HEADER_SIZE))
+    return FileHeader.unpack(data, name.kind, name.number, file.path)
 
 
 def release_pages(view: memoryview, start: int, stop: int) -> None:

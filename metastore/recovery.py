@@ -22,10 +22,10 @@ from metastore.directory import (
     Listing,
     file_sizes,
     parse_listing,
+    read_header,
 )
 from metastore.errors import CorruptionError, FormatVersionError, MetastoreError
 from metastore.format import (
-    FILE_HEADER_SIZE,
     NUMBER_MAX,
     SEQUENCE_MAX,
     FileHeader,
@@ -96,8 +96,7 @@ def read_headers(directory: DirectoryProtocol, listing: Listing) -> Headers:
     for name in (*listing.snapshots, *listing.logs):
         file = directory.open(str(name))
         try:
-            data = bytes(file.read(0, FILE_HEADER_SIZE))
-            headers[name] = FileHeader.unpack(data, name.kind, name.number, file.path)
+            headers[name] = read_header(file, name)
         except CorruptionError as error:
             headers[name] = error.with_traceback(None)  # it leads back to the headers
         finally:
@@ -361,8 +360,7 @@ def _open_snapshot(
         yield None
         return
     with contextlib.closing(directory.open(str(name))) as file:
-        data = bytes(file.read(0, FILE_HEADER_SIZE))
-        header = FileHeader.unpack(data, name.kind, name.number, file.path)
+        header = read_header(file, name)
         reader = SnapshotReader(file, header)
         content.snapshot = reader
         content.n_blocks = reader.n_blocks

@@ -23,13 +23,12 @@ from metastore.directory import (
     DirectoryProtocol,
     FileName,
     parse_listing,
+    read_header,
 )
 from metastore.errors import CorruptionError, MetastoreError
 from metastore.format import (
-    FILE_HEADER_SIZE,
     SEQUENCE_MAX,
     STORE_ID_SIZE,
-    FileHeader,
     snapshot_seed,
 )
 from metastore.look import open_store
@@ -596,8 +595,7 @@ def _check_result(
 ) -> None:
     """Read the snapshot as a recovery would, and compare."""
     with contextlib.closing(new.open(str(name))) as file:
-        data = bytes(file.read(0, FILE_HEADER_SIZE))
-        header = FileHeader.unpack(data, name.kind, name.number, file.path)
+        header = read_header(file, name)
         found = SnapshotReader(file, header).read_all(threads)
     if header.sequence != sequence or not all(
         np.array_equal(getattr(columns, field.name), getattr(found, field.name))
