@@ -26,6 +26,8 @@ from libc.string cimport memcmp, memcpy, memset
 
 import numpy as np
 
+from metastore.errors import shown_integer
+
 cdef extern from "Python.h":
     ctypedef struct PyByteArrayObject:
         Py_ssize_t ob_alloc
@@ -232,8 +234,7 @@ cdef uint64_t _checked_integer(object number, Py_ssize_t i, str what) except? 0:
     try:
         return exact
     except OverflowError:
-        # Python refuses to write out thousands of digits.
-        shown = exact if exact.bit_length() <= 256 else f"of {exact.bit_length()} bits"
+        shown = shown_integer(exact)
         raise OverflowError(
             f"record {i}: {what} {shown} is outside 0 .. 2**64 - 1"
         ) from None

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from metastore import _codec
 from metastore.columns import Payload, Uint8s, Uint32s, Uint64s
+from metastore.errors import shown_integer
 from metastore.format import LENGTH_MAX
 
 __all__ = ["integer_in", "payload_of_arrays"]
@@ -70,9 +71,7 @@ def _is_list_of_integers(array: Any) -> bool:
 def _uint64s_of_list(name: str, numbers: Sequence[Any]) -> Uint64s:
     for at, number in enumerate(map(int, numbers)):
         if not 0 <= number < 2**64:
-            # Python does not write out thousands of digits.
-            size = number.bit_length()
-            shown = str(number) if size <= 128 else f"of {size} bits"
+            shown = shown_integer(number)
             raise OverflowError(f"{name}[{at}] is {shown}, outside 0 .. 2**64 - 1")
     return np.array(numbers, np.uint64)
 

@@ -19,6 +19,12 @@ __all__ = [
 ]
 
 
+def shown_integer(number: int) -> str:
+    """Return an integer for a message: Python refuses to write thousands of digits."""
+    size = number.bit_length()
+    return str(number) if size <= 256 else f"of {size} bits"
+
+
 class MetastoreError(Exception):
     """The base of every error that metastore itself raises."""
 
