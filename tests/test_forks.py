@@ -440,7 +440,7 @@ WAITING = (
     FORK_AT
     + """
 
-compacting, go_on = threading.Event(), threading.Event()
+compacting, heard, go_on = threading.Event(), threading.Event(), threading.Event()
 main = threading.main_thread()
 
 def is_waiting():
@@ -451,14 +451,22 @@ def wait():  # in the thread of the compaction
     compacting.set()
     while not is_waiting():
         pass
-    signal.pthread_kill(main.ident, signal.SIGUSR1)
+    # Again, until it is heard: the interpreter puts off what comes when a thread has
+    # let go of the GIL, but does not wait yet.
+    while not heard.wait(0.01):
+        signal.pthread_kill(main.ident, signal.SIGUSR1)
     assert go_on.wait(SECONDS_MAX)
+
+def fork_once(*_):
+    if not heard.is_set():
+        heard.set()
+        fork(in_parent=after_the_child)
 
 def after_the_child():
     child_ends()
     go_on.set()
 
-signal.signal(signal.SIGUSR1, lambda *_: fork(in_parent=after_the_child))
+signal.signal(signal.SIGUSR1, fork_once)
 threading.setprofile(
     lambda frame, event, argument: frame.f_code.co_name == "compact" and event == "call"
     and "compaction" in frame.f_code.co_filename and not compacting.is_set() and wait()
