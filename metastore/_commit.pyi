@@ -7,6 +7,8 @@ from metastore.errors import MetastoreError
 
 __test__: dict[str, str]
 
+def weight(size: int, n_records: int, user_data_size: int) -> int: ...
+
 @disjoint_base
 class Tail:
     def __init__(
@@ -23,13 +25,15 @@ class Tail:
     @property
     def size(self) -> int: ...
     @property
+    def weight(self) -> int: ...
+    @property
     def failure(self) -> BaseException | None: ...
     def seal(self, end: bytearray) -> None: ...
 
 @disjoint_base
 class GroupCommit:
     tail: Tail
-    size_max: int
+    weight_max: int
     def __init__(
         self,
         tail: Tail,

@@ -28,6 +28,8 @@ cdef extern from "_kernels.h" nogil:
     void ms_finish_frame(
         uint8_t* frame, uint32_t seed, uint64_t sequence, uint64_t durable
     )
+    uint32_t ms_load_u32(const uint8_t* at)
+    uint64_t ms_load_u64(const uint8_t* at)
 
 # Semaphores, where the system has them; they need no GIL.
 cdef extern from "pythread.h" nogil:
@@ -121,6 +123,8 @@ cdef enum:
     # among that many threads takes as long as a sync.
     MANY_WAITING = 8
     LEAD_MAX = 8
+    # Data of a heap packs 9 times; what packs better than this counts as if it did not.
+    WEIGHED_RATIO_MAX = 16
     # In place of an errno: a method of the file has raised; nothing was tried, since
     # nothing may be written any more; all is written, but the log has to rotate; the
     # log has its end frame, and what was written behind it would never be read; the log
@@ -130,6 +134,21 @@ cdef enum:
     DUE = -3
     SEALED = -4
     FORKED = -5
+
+
+cdef inline uint64_t _weight(
+    uint64_t size, uint64_t n_records, uint64_t user_data_size
+) noexcept nogil:
+    return max(size, (20 * n_records + user_data_size) // WEIGHED_RATIO_MAX)
+
+
+def weight(uint64_t size, uint64_t n_records, uint64_t user_data_size):
+    """Return what so many bytes of a file count for where they bound a recovery.
+
+    Their size; what packs better than 16 times as if it packed so well, since a
+    recovery holds it unpacked.
+    """
+    return _weight(size, n_records, user_data_size)
 
 
 cdef class Tail:
@@ -154,6 +173,12 @@ cdef class Tail:
     zeroed_size : int
         Up to where the file holds zeros already; later as many at least are written
         ahead.
+
+    Attributes
+    ----------
+    weight : int
+        What the log counts for: `size`, or more where its frames pack well (see
+        :func:`weight`).
     """
 
     cdef object _file
@@ -162,6 +187,7 @@ cdef class Tail:
     cdef uint32_t _seed
     cdef readonly uint64_t sequence
     cdef readonly uint64_t size
+    cdef readonly uint64_t weight
     cdef uint64_t _zeroed_size
     cdef uint64_t _ahead_size_min
     cdef object _raised
@@ -178,7 +204,7 @@ cdef class Tail:
         self._descriptor = file.descriptor
         self._seed = seed
         self.sequence = sequence
-        self.size = size
+        self.size = self.weight = size
         self._zeroed_size = self._ahead_size_min = zeroed_size
         self._ended = 0
         self._n_forks = ms_n_forks
@@ -218,16 +244,22 @@ cdef class Tail:
         There is room for one more behind `frames`, which are changed. With `sync` the
         caller syncs next, and the device may begin.
         """
+        cdef uint64_t size, excess = 0
+        cdef uint8_t* frame
         cdef int i, error
         if self._end():
             return self._end()
         for i in range(n):
-            ms_finish_frame(
-                <uint8_t*>frames[i].iov_base, self._seed, self.sequence + i, durable
-            )
+            frame = <uint8_t*>frames[i].iov_base
+            ms_finish_frame(frame, self._seed, self.sequence + i, durable)
+            size = frames[i].iov_len
+            excess += _weight(
+                size, ms_load_u32(frame + 24), ms_load_u64(frame + 40)
+            ) - size
         error = self._write(frames, n, sync)
         if not error:
             self.sequence += n
+            self.weight += excess
         return error
 
     cdef int _write(self, iovec* buffers, int n, bint sync) noexcept nogil:
@@ -247,6 +279,7 @@ cdef class Tail:
             error = self._write_by_method(buffers, n)
         if not error:
             self.size += size
+            self.weight += size
         self._ended = error
         return error
 
@@ -371,13 +404,13 @@ cdef class GroupCommit:
         Returns what to raise for a request that was not written.
     rotate : callable
         Called by the leader, when its group is durable, if the log has grown beyond
-        `size_max`.
+        `weight_max`.
     """
 
-    #: Where to write, and up to which size before `rotate` is called; to be changed by
-    #: who leads, the latter by anyone.
+    #: Where to write, and up to which weight before `rotate` is called; to be changed
+    #: by who leads, the latter by anyone.
     cdef public Tail tail
-    cdef public uint64_t size_max
+    cdef public uint64_t weight_max
     #: Whether anything may be written; once cleared, by :meth:`close` or by a failure,
     #: it stays so.
     cdef readonly bint is_open
@@ -406,7 +439,7 @@ cdef class GroupCommit:
     def __init__(self, Tail tail not None, on_failure, failed, rotate):
         self.tail = tail
         self.durable = tail.sequence - 1
-        self.size_max = <uint64_t>-1
+        self.weight_max = <uint64_t>-1
         self.is_open = True
         self._on_failure = on_failure
         self._failed = failed
@@ -601,7 +634,7 @@ cdef class GroupCommit:
                 group[0] = own.next
             if error:
                 return error
-            if self.tail.size > self.size_max:
+            if self.tail.weight > self.weight_max:
                 _let_go(group[0], WRITTEN)
                 return DUE
             if n == LEAD_MAX or not self._do_many_wait():

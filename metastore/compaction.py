@@ -162,7 +162,7 @@ def compact(
     level: int,
     threads: int,
     pace: Pace,
-) -> tuple[FileName, int]:
+) -> tuple[FileName, int, int]:
     """Write, check and publish a snapshot of `snapshot` and `logs`, then remove those.
 
     Parameters
@@ -189,8 +189,8 @@ def compact(
     -------
     name : FileName
         The new snapshot; durable.
-    size : int
-        Its size in bytes.
+    size, weight : int
+        Its size in bytes, and what it counts for.
     """
     name = FileName("snapshot", logs[-1][0].number)
     run = _read_run(directory, store_id, logs, sequence, threads, pace)
@@ -201,14 +201,23 @@ def compact(
         _write_jobs(writer, reader, run, level, threads, pace)
         writer.finish()
         # Nothing is removed before what contains it was read back.
-        _open_snapshot(directory, name, name.temporary).check_payloads(threads, pace)
-        size = writer.publish()
+        size, weight = _check(directory, name, threads, pace)
+        writer.publish()
     finally:
         writer.close()
     for old in [*(log for log, _ in logs), *([snapshot] if snapshot else [])]:
         directory.remove(str(old))
     directory.sync()
-    return name, size
+    return name, size, weight
+
+
+def _check(
+    directory: DirectoryProtocol, name: FileName, threads: int, pace: Pace
+) -> tuple[int, int]:
+    """Read a snapshot back that is not published yet; return its size and weight."""
+    reader = _open_snapshot(directory, name, name.temporary)
+    reader.check_payloads(threads, pace)
+    return reader.size, reader.weight
 
 
 def _open_snapshot(

@@ -79,6 +79,7 @@ class _SealedLog:
     name: FileName
     sequence: int  # of its first batch
     size: int
+    weight: int
 
 
 def open_engine(
@@ -163,10 +164,17 @@ class Engine:
         self._shutdown_mutex = threading.RLock()
         self._prepared: tuple[FileName, FileProtocol] | None = None
         self._snapshot = content.plan.snapshot
-        self._snapshot_size = content.snapshot.size if content.snapshot else 0
+        snapshot = content.snapshot
+        self._snapshot_size = snapshot.size if snapshot else 0
+        self._snapshot_weight = snapshot.weight if snapshot else 0
         #: Sealed logs that wait for a compaction, and those that one has in hand.
         self._sealed = [
-            _SealedLog(name, log.sequence - log.n_batches, log.end - FILE_HEADER_SIZE)
+            _SealedLog(
+                name,
+                log.sequence - log.n_batches,
+                log.end - FILE_HEADER_SIZE,
+                log.weight,
+            )
             for name, log in content.logs
             if log.n_batches
         ]
@@ -182,7 +190,7 @@ class Engine:
             rotate=lambda: self._try(self._rotate_if_due),
         )
         _engines.add(self)  # before there are other threads
-        self._set_size_max()
+        self._set_weight_max()
         self._pace = Pace(lambda: self._commits.n_writes, self._backlog)
         if options.inline:
             self._pace.hurry()  # who compacts is who commits: a rest would help nobody
@@ -303,26 +311,25 @@ class Engine:
     # ---- rotation ----
 
     def _limit(self) -> int:
-        """How many bytes may be logged that are not on their way into a snapshot."""
-        return max(self._options.log_size_bytes_min, self._snapshot_size)
+        """How much may be logged that is not on its way into a snapshot, as weight."""
+        return max(self._options.log_size_bytes_min, self._snapshot_weight)
 
     def _waiting(self) -> int:
-        return sum(log.size for log in self._sealed)
+        return sum(log.weight for log in self._sealed)
 
     def _room(self) -> int:
-        """How many bytes the active log may hold before it has to rotate."""
+        """How much the active log may hold before it has to rotate, as weight."""
         waiting, limit = self._waiting(), self._limit()
         # Not while a compaction is due or under way: what is sealed meanwhile would
         # wait for the next one all the same, at the price of four syncs a time.
         return _UNBOUNDED if self._compacting or waiting > limit else limit - waiting
 
-    def _set_size_max(self) -> None:
-        self._commits.size_max = FILE_HEADER_SIZE + self._room()
+    def _set_weight_max(self) -> None:
+        self._commits.weight_max = FILE_HEADER_SIZE + self._room()
 
     def _rotate_if_due(self) -> None:
         # Not an empty log, though older ones that wait may be due by themselves.
-        size = self._log.size - FILE_HEADER_SIZE
-        if not self._log.is_empty and size > self._room():
+        if not self._log.is_empty and self._log.weight > self._room():
             self._rotate()
             self._compact_if_due()
 
@@ -352,7 +359,7 @@ class Engine:
                 self._sealed.append(self._as_sealed(old))
                 self._is_bound = False
                 self._n_rotations += 1
-                self._set_size_max()
+                self._set_weight_max()
         old.close()
         self._compactor.submit(self._prepare_next, is_brief=True)
 
@@ -365,7 +372,8 @@ class Engine:
 
     @staticmethod
     def _as_sealed(log: LogWriter) -> _SealedLog:
-        return _SealedLog(log.name, log.first_sequence, log.size - FILE_HEADER_SIZE)
+        size = log.size - FILE_HEADER_SIZE
+        return _SealedLog(log.name, log.first_sequence, size, log.weight)
 
     def _prepare_next(self) -> None:
         """Write the next log's file ahead, in the background."""
@@ -382,9 +390,9 @@ class Engine:
 
     def _backlog(self) -> float:
         """How long the active log is, as a share of what may delay a compaction."""
-        in_hand = sum(log.size for log in self._compacting)
-        bound = max(_BACKLOG_SIZE_MIN, self._snapshot_size + in_hand)
-        return (self._log.size - FILE_HEADER_SIZE) / bound
+        in_hand = sum(log.weight for log in self._compacting)
+        bound = max(_BACKLOG_SIZE_MIN, self._snapshot_weight + in_hand)
+        return self._log.weight / bound
 
     def _compact_for_commits(self) -> None:
         self._pace.begin(commits_come=True)
@@ -395,13 +403,13 @@ class Engine:
         with self._mutex:
             logs, self._sealed = self._sealed, []
             self._compacting = logs
-            self._set_size_max()
+            self._set_weight_max()
             snapshot = self._snapshot
             # The active log begins where the last of them ends.
             sequence = self._log.first_sequence - 1
         if not logs:
             return
-        name, size = compact(
+        name, size, weight = compact(
             self._directory,
             self._store_id,
             snapshot,
@@ -413,8 +421,9 @@ class Engine:
         )
         with self._mutex:
             self._snapshot, self._snapshot_size = name, size
+            self._snapshot_weight = weight
             self._compacting = []
-            self._set_size_max()
+            self._set_weight_max()
             self._n_compactions += 1
         # What was sealed meanwhile may be too much beside a smaller snapshot.
         self._compact_if_due()

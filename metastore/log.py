@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from metastore import _codec
-from metastore._commit import Tail
+from metastore._commit import Tail, weight
 from metastore.columns import Columns
 from metastore.directory import (
     DirectoryProtocol,
@@ -153,6 +153,11 @@ class LogWriter:
         return self.tail.size
 
     @property
+    def weight(self) -> int:
+        """What its frames count for where they bound a recovery."""
+        return self.tail.weight - FILE_HEADER_SIZE
+
+    @property
     def is_empty(self) -> bool:
         """Whether it holds no batch."""
         return self.tail.sequence == self.first_sequence
@@ -194,6 +199,8 @@ class LogContent:
     sequence: int
     #: Offset behind the last valid frame.
     end: int
+    #: What the batches count for where they bound a recovery (``_commit.weight``).
+    weight: int
     is_sealed: bool
     #: Size of the torn tail at `end`, in bytes; 0 if there is none.
     torn_size: int
@@ -273,13 +280,16 @@ class _Extents:
         )
         return decode_into(window.data, window.table, target, place.data_start)
 
-    def keep(self, place: _Place, table: Table, n_valid: int) -> None:
-        """Keep the first frames of the window at `place`; called in order."""
-        end = place.stop, place.data_stop
+    def keep(self, place: _Place, table: Table, n_valid: int) -> tuple[int, int]:
+        """Keep the first frames of the window at `place`; called in order.
+
+        Returns their records and bytes of user data.
+        """
+        n, size = place.stop - place.start, place.data_stop - place.data_start
         if n_valid < len(table):
             n, size = _codec.totals(table[:n_valid])
-            end = place.start + n, place.data_start + size
-        self._kept[place.extent] = end
+        self._kept[place.extent] = place.start + n, place.data_start + size
+        return n, size
 
     def parts(self) -> list[Columns]:
         """Return what was kept."""
@@ -367,21 +377,33 @@ class _Reading:
         self._source = _Source(log.file, log.is_mapped)
         self.scan = _Scan(self._source, log.header, log.bound)
         self.content = LogContent(
-            self._source.size, 0, log.header.sequence, FILE_HEADER_SIZE, False, 0, None
+            self._source.size,
+            0,
+            log.header.sequence,
+            FILE_HEADER_SIZE,
+            weight=0,
+            is_sealed=False,
+            torn_size=0,
+            damage=None,
         )
 
-    def take(self, window: _Window, n_valid: int) -> bool:
-        """Count the valid frames of the next window; return whether all of them are."""
+    def take(self, window: _Window, n_valid: int, n: int, user_data_size: int) -> bool:
+        """Count the valid frames of the next window; return whether all of them are.
+
+        They hold `n` records.
+        """
         content = self.content
         content.n_batches += n_valid
         content.sequence += n_valid
-        if n_valid < len(window.table):
-            row = window.table[n_valid, _codec.ROW_OFFSET]
-            content.end = window.offset + int(row)
-            return False
-        content.end = window.offset + len(window.data)
-        self._source.release(window.offset, len(window.data))
-        return True
+        is_whole = n_valid == len(window.table)
+        size = len(window.data)
+        if not is_whole:
+            size = int(window.table[n_valid, _codec.ROW_OFFSET])
+        content.end = window.offset + size
+        content.weight += weight(size, n, user_data_size)
+        if is_whole:
+            self._source.release(window.offset, size)
+        return is_whole
 
     def judge(self, status: int) -> None:
         """Decide what the place behind the last valid frame means."""
@@ -473,8 +495,8 @@ def read_logs(
                     reading.content.is_sealed = status == _codec.SCAN_SEALED
                 else:
                     window, place = job
-                    extents.keep(place, window.table, n)
-                    if reading.take(window, n):
+                    kept = extents.keep(place, window.table, n)
+                    if reading.take(window, n, *kept):
                         if on_bytes:
                             on_bytes(len(window.data))
                         continue

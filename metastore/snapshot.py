@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from metastore import _codec
+from metastore._commit import weight
 from metastore.columns import Columns, merge, merge_into, merged_size
 from metastore.directory import (
     DirectoryProtocol,
@@ -99,6 +100,11 @@ class SnapshotReader:
         self._file.fetch(self.end_offset, trailer_at - self.end_offset)
         self.index, self.n_records, self.user_data_size = self._read_index(trailer_at)
         self._check_index()
+
+    @property
+    def weight(self) -> int:
+        """What it counts for beside the logs that it allows (``_commit.weight``)."""
+        return weight(self.size, self.n_records, self.user_data_size)
 
     def _read_index(self, trailer_at: int) -> tuple[npt.NDArray[np.void], int, int]:
         end = self.view[self.end_offset : trailer_at]
@@ -594,15 +600,14 @@ class SnapshotWriter:
             self._sync_so_far()
         self._is_finished = True
 
-    def publish(self) -> int:
-        """Finish, wait for the last sync, rename, sync the name; return the size."""
+    def publish(self) -> None:
+        """Finish, wait for the last sync, rename, sync the name."""
         if not self._is_finished:
             self.finish()
         if self._syncing is not None:
             self._syncing.result()
         self.close()
         publish(self._directory, self._name)
-        return self._written
 
     def close(self) -> None:
         """Give the file back; what is not published stays under its temporary name."""

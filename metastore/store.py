@@ -72,8 +72,9 @@ class MetadataStore:
         log_size_bytes_min : int
             A log rotates, and is compacted, when the bytes that are not yet in a
             snapshot pass ``max(log_size_bytes_min, size of the snapshot)``; while a
-            compaction is under way, with the first commit after it. More than 256
-            sealed logs are compacted whatever their size.
+            compaction is under way, with the first commit after it. Batches that pack
+            better than 16 times count, in logs and snapshot, as if they packed so well.
+            More than 256 sealed logs are compacted whatever their size.
         compression_level : int
             Of zstd, -50 to 22, for batches and snapshots written from now on.
         threads : int, optional

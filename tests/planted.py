@@ -203,7 +203,7 @@ class _HastyCommits:
         return getattr(self._right, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("tail", "size_max"):
+        if name in ("tail", "weight_max"):
             setattr(self._right, name, value)
         else:
             super().__setattr__(name, value)

@@ -325,7 +325,7 @@ def test_rotation_is_asked_for_behind_a_group_that_is_too_much() -> None:
     sizes = []
     file = File()
     commits = group_commit(file, lambda: sizes.append(commits.tail.size))
-    commits.size_max = 2 * len(frame())
+    commits.weight_max = 2 * len(frame())
     for n in range(1, 4):
         assert commits.commit(frame(), True) == n
     assert sizes == [3 * len(frame())]
@@ -333,11 +333,11 @@ def test_rotation_is_asked_for_behind_a_group_that_is_too_much() -> None:
 
 def test_a_rotation_that_is_interrupted_gives_the_lead_back() -> None:
     def rotate() -> None:
-        commits.size_max = 1 << 40
+        commits.weight_max = 1 << 40
         raise KeyboardInterrupt
 
     commits = group_commit(File(), rotate)
-    commits.size_max = 0
+    commits.weight_max = 0
     with pytest.raises(KeyboardInterrupt):
         commits.commit(frame(), True)
     assert commits.commit(frame(), True) == 2
@@ -347,7 +347,7 @@ def test_a_commit_within_a_commit_is_refused() -> None:
     """As by a signal handler during a rotation: it would wait for itself."""
 
     def rotate() -> None:
-        commits.size_max = 1 << 40
+        commits.weight_max = 1 << 40
         for call in (
             lambda: commits.commit(frame(), True),
             lambda: commits.exclusively(rotate),
@@ -356,7 +356,7 @@ def test_a_commit_within_a_commit_is_refused() -> None:
                 call()
 
     commits = group_commit(File(), rotate)
-    commits.size_max = 0
+    commits.weight_max = 0
     commits.commit(frame(), True)
     commits.exclusively(rotate)
     assert commits.commit(frame(), True) == 2

@@ -1,11 +1,14 @@
-"""Rotation and the preparation of the next log, side by side."""
+"""When a log rotates, and the preparation of the next one beside it."""
 
 import threading
 from unittest import mock
 
+import numpy as np
+
 from metastore import MetadataStore, engine
 from metastore.compaction import Compactor
 from metastore.directory import Directory
+from verbs import read
 
 
 class OneWriterDirectory(Directory):
@@ -109,3 +112,63 @@ def test_a_log_that_grew_beside_a_compaction_rotates_when_that_has_ended(tmp_pat
     stats = store.stats()
     store.shutdown()
     assert (stats.n_rotations, stats.n_compactions, stats.n_logs_sealed) == (2, 2, 0)
+
+
+# Batches that pack well
+
+#: 20 bytes each, so 400 kB, of which the log takes some hundred.
+N_PACKED = 20_000
+PACKED_WEIGHT = 20 * N_PACKED // 16
+
+
+def packed(store: MetadataStore, first: int) -> None:
+    """Insert a batch whose keys count up and whose values are equal."""
+    keys = np.arange(first, first + N_PACKED, dtype=np.uint64)
+    store.insert_arrays(keys, np.ones(N_PACKED, np.uint64))
+
+
+def test_batches_that_pack_well_make_a_log_due_by_what_they_unpack_to(tmp_path):
+    """Only the bytes of logs were bounded: 16 kB of log took 360 MB to recover."""
+    limit = 5 * PACKED_WEIGHT // 2
+    with mock.patch.object(Compactor, "submit"):  # so that the sealed log waits
+        store, _ = MetadataStore.recover(tmp_path, log_size_bytes_min=limit)
+        for n in range(2):
+            packed(store, n * N_PACKED)
+        assert store.stats().n_rotations == 0
+        packed(store, 2 * N_PACKED)
+        stats = store.stats()
+        store.shutdown()
+    assert stats.n_rotations == 1
+    assert stats.logs_sealed_size < PACKED_WEIGHT // 10
+
+
+def test_what_logs_unpack_to_counts_after_a_recovery_as_before(tmp_path):
+    limit = 5 * PACKED_WEIGHT // 2
+    store, _ = MetadataStore.recover(tmp_path, log_size_bytes_min=limit)
+    packed(store, 0)
+    packed(store, N_PACKED)
+    store.shutdown()
+    store, _ = MetadataStore.recover(tmp_path, log_size_bytes_min=limit)
+    assert store.stats().n_logs_sealed == 1
+    packed(store, 2 * N_PACKED)
+    store._engine._compactor.wait_idle()
+    stats = store.stats()
+    store.shutdown()
+    assert (stats.n_rotations, stats.n_compactions, stats.n_logs_sealed) == (1, 1, 0)
+    assert len(read(tmp_path)) == 3 * N_PACKED
+
+
+def test_a_snapshot_that_packs_well_allows_logs_by_what_it_unpacks_to(tmp_path):
+    """Else the whole store would be written anew for each sixteenth of its records."""
+    store, _ = MetadataStore.recover(tmp_path, log_size_bytes_min=1)
+    for n in range(4):
+        packed(store, n * N_PACKED)
+    store.compact()
+    n_rotations = store.stats().n_rotations
+    packed(store, 0)
+    assert store.stats().n_rotations == n_rotations  # so the compaction told it
+    store.shutdown()
+    store, _ = MetadataStore.recover(tmp_path, log_size_bytes_min=1)
+    packed(store, 0)
+    assert store.stats().n_rotations == 0  # and the recovery
+    store.shutdown()
