@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from typing import TypeVar
 
 from metastore._commit import GroupCommit
 from metastore.columns import Recovered
@@ -44,6 +45,8 @@ from metastore.report import StoreStats
 __all__ = ["Engine", "Options", "open_engine"]
 
 _logger = logging.getLogger(__name__)
+
+_Face = TypeVar("_Face")
 
 #: More bytes than a log ever holds.
 _UNBOUNDED = 1 << 62
@@ -83,33 +86,38 @@ class _SealedLog:
 
 
 def open_engine(
-    directory: DirectoryProtocol, options: Options
-) -> tuple[Engine, Recovered]:
-    """Lock and recover a directory and open a new log in it."""
+    directory: DirectoryProtocol, options: Options, face: Callable[[Engine], _Face]
+) -> tuple[_Face, Recovered]:
+    """Lock and recover a directory, open a new log in it and let its engine run.
+
+    Whatever is raised, all of it is given up, the directory too. `face` makes what
+    gives the engine up if it is dropped, and is called before there is a thread: an
+    interrupt may come when all was returned and nobody has it yet.
+    """
     started = time.perf_counter()
-    directory.lock()
-    # A name that is seen may not be durable yet; what follows relies on names.
-    if (WARNING, True) not in directory.names():
-        directory.create(WARNING).close()
-    directory.sync()
-    content = read_directory(
-        directory,
-        on_damage=options.on_damage,
-        threads=options.n_threads,
-        progress=options.progress,
-    )
-    exhaustion = find_exhaustion(content, directory.path)
-    if exhaustion is not None:
-        raise exhaustion
-    # First what gives room, and what may find none: nobody is told which files were set
-    # aside, if the store cannot be opened then.
-    temporaries = remove_temporaries(directory, content)
-    name = FileName("log", content.plan.listing.number_max + 1)
-    file = prepare_log(directory, name)
-    store_id = content.plan.store_id or secrets.token_bytes(STORE_ID_SIZE)
     quarantined: tuple[str, ...] = ()
-    engine = None
+    engine = file = None
     try:
+        directory.lock()
+        # A name that is seen may not be durable yet; what follows relies on names.
+        if (WARNING, True) not in directory.names():
+            directory.create(WARNING).close()
+        directory.sync()
+        content = read_directory(
+            directory,
+            on_damage=options.on_damage,
+            threads=options.n_threads,
+            progress=options.progress,
+        )
+        exhaustion = find_exhaustion(content, directory.path)
+        if exhaustion is not None:
+            raise exhaustion
+        # First what gives room, and what may find none: nobody is told which files were
+        # set aside, if the store cannot be opened then.
+        temporaries = remove_temporaries(directory, content)
+        name = FileName("log", content.plan.listing.number_max + 1)
+        file = prepare_log(directory, name)
+        store_id = content.plan.store_id or secrets.token_bytes(STORE_ID_SIZE)
         quarantined = settle(directory, content)
         log = LogWriter(directory, name, store_id, content.sequence + 1, file)
         removed = temporaries + remove_obsolete(directory, content)
@@ -123,19 +131,26 @@ def open_engine(
         if not report.is_clean:
             _logger.warning("%s", report)
         engine = Engine(directory, options, store_id, content, log)
-        return engine, Recovered(content.columns, report)
+        store = face(engine)
+        engine.start()
+        return store, Recovered(content.columns, report)
     except BaseException as error:
         if quarantined:
             error.add_note(f"kept, in {directory.path}: {', '.join(quarantined)}")
-        if engine is None:
-            file.close()
-        else:
+        if engine is not None:
             engine.abandon()
+        else:
+            if file is not None:
+                file.close()
+            directory.close()
         raise
 
 
 class Engine:
-    """Commits, rotates and compacts. Thread-safe; made by :func:`open_engine`."""
+    """Commits, rotates and compacts. Thread-safe; made by :func:`open_engine`.
+
+    Made, it has no thread yet, which :meth:`start` gives it.
+    """
 
     def __init__(
         self,
@@ -189,20 +204,19 @@ class Engine:
             failed=self._refusal,
             rotate=lambda: self._try(self._rotate_if_due),
         )
-        _engines.add(self)  # before there are other threads
         self._set_weight_max()
         self._pace = Pace(lambda: self._commits.n_writes, self._backlog)
         if options.inline:
             self._pace.hurry()  # who compacts is who commits: a rest would help nobody
         self._compactor = Compactor(self._fail)
-        try:
-            if not options.inline:
-                self._compactor.start()
-            self._compactor.submit(self._prepare_next, is_brief=True)
-            self._compact_if_due()
-        except BaseException:
-            self.abandon()
-            raise
+        _engines.add(self)  # before there are other threads
+
+    def start(self) -> None:
+        """Let the compaction thread run, if the options want one, with what is due."""
+        if not self._options.inline:
+            self._compactor.start()
+        self._compactor.submit(self._prepare_next, is_brief=True)
+        self._compact_if_due()
 
     def __str__(self) -> str:
         return f"the store in {self._directory.path}"

@@ -124,18 +124,13 @@ class MetadataStore:
     def _open(
         cls, directory: DirectoryProtocol, options: Options
     ) -> tuple[MetadataStore, Recovered]:
-        engine = None
         try:
             if isinstance(directory, Directory):
                 _warn_of_a_network(directory)
-            engine, recovered = open_engine(directory, options)
-            return cls(engine), recovered
         except BaseException:
-            if engine is None:
-                directory.close()
-            else:
-                engine.abandon()
+            directory.close()
             raise
+        return open_engine(directory, options, cls)
 
     def insert_batch(self, batch: Batch, *, sync: bool = True) -> int:
         """Write records as one atomic batch.
