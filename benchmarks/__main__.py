@@ -291,7 +291,7 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.repeat < 1 or not 0 < arguments.scale < math.inf:
             raise BenchmarkError("--repeat and --scale must be positive")
-        figures = report.Figures(arguments.json)
+        figures = report.Figures(arguments.json, tuple(CASES))
         cases = _chosen(arguments)
         if arguments.report:
             _check_report(cases, figures, partial=arguments.partial)

@@ -6,7 +6,7 @@ import importlib
 import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.measure import BenchmarkError
@@ -31,10 +31,13 @@ class Figures:
     ----------
     path : str or None
         The file. What it holds of other cases stays; None keeps nothing.
+    order : sequence of str
+        Names of cases as they are to follow each other, whenever they were measured.
     """
 
-    def __init__(self, path: str | None) -> None:
+    def __init__(self, path: str | None, order: Sequence[str]) -> None:
         self._path = path
+        self._order = order
         self.content: dict[str, Any] = {"cases": {}}
         if path and os.path.exists(path):
             try:
@@ -62,7 +65,10 @@ class Figures:
 
     def add(self, case: str, result: dict[str, Any]) -> None:
         """Put in the result of a case, and save the file."""
-        self.content["cases"][case] = result
+        cases = {**self.content["cases"], case: result}
+        # Those of another version come last.
+        names = sorted(cases, key=lambda name: (*self._order, name).index(name))
+        self.content["cases"] = {name: cases[name] for name in names}
         self.save()
 
     def save(self) -> None:

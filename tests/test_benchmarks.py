@@ -216,6 +216,16 @@ def test_figures_keep_what_they_were_measured_with(folder):
     assert cases["R1"]["machine"]["peers"] == {}
 
 
+def test_figures_stand_in_the_order_of_the_cases(tmp_path):
+    """Tables and pictures took the order in which cases had been measured."""
+    path = tmp_path / "figures.json"
+    figures = report.Figures(str(path), tuple(CASES))
+    for name in ["P1", "of another version", "C1", "R1", "P1"]:
+        figures.add(name, {"seconds": 1})
+    cases = json.loads(path.read_text())["cases"]
+    assert list(cases) == ["R1", "C1", "P1", "of another version"]
+
+
 # Directories that cannot be used, and disks that become full
 
 
