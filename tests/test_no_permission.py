@@ -239,6 +239,7 @@ def test_the_benchmarks_refuse_before_they_measure(folder: Path, run: Run) -> No
     from benchmarks.machine import file_system
 
     (folder / "shut").mkdir(mode=0o000)
+    (folder / "sound").chmod(0o555)  # for who is not root, and so remains its owner
     (folder / "open" / "file").write_bytes(b"")
     wanted = {
         ("--directory", "shut"): "cannot be written to (Permission denied)",
