@@ -74,7 +74,7 @@ def ordered_map(
                 yield first_result()
         finally:
             on_end()
-            for _, future in under_way:
+            for _, future in reversed(under_way):  # what was begun is a prefix
                 future.cancel()
 
 

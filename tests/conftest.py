@@ -22,6 +22,8 @@ hypothesis.settings.register_profile(
     "metastore",
     deadline=None,
     print_blob=True,
+    # A run depends on no earlier one, and on no checkout that it may write to.
+    database=None,
     # Not "explain": it traces every line before Python 3.12, which takes minutes.
     phases=[
         phase for phase in hypothesis.Phase if phase is not hypothesis.Phase.explain

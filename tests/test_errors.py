@@ -256,6 +256,7 @@ def test_a_failed_write_or_sync_sticks(kind, number, inline):
     disk = Disk()
     store, _ = recover_on(disk, inline=inline)
     store.insert_batch([(1, (1, b"acknowledged"))])
+    store._engine._compactor.wait_idle()  # the next log's file is made by then
     disk.before = fail(kind, number)
     with pytest.raises(StoreFailedError, match=os.strerror(number)) as caught:
         store.insert_batch([(2, (2, b"unknown"))])

@@ -98,7 +98,7 @@ counts = [0] * 3
 
 def work(thread):
     while not stop.is_set():
-        store.insert_batch([(1000 * thread + counts[thread], (1, b"parent"))])
+        store.insert_batch([((thread << 32) + counts[thread], (1, b"parent"))])
         counts[thread] += 1
 
 threads = [threading.Thread(target=work, args=(t,)) for t in range(3)]
@@ -130,7 +130,7 @@ def test_forks_while_threads_commit(db):
     counts = list(map(int, done.stdout.split()))
     found = read(db)
     assert sorted(found) == [
-        1000 * thread + i for thread in range(3) for i in range(counts[thread])
+        (thread << 32) + i for thread in range(3) for i in range(counts[thread])
     ]
 
 
@@ -164,14 +164,17 @@ FORKED_AMID_RECOVERY = """
     from metastore import MetadataStore
     warnings.simplefilter("ignore", DeprecationWarning)
     children = []
+    begun, begin = os.pipe()
 
     def fork(done, total):
         if not children:
             children.append(os.fork())
             if children[0] == 0:
                 print("forked", flush=True)
+                os.write(begin, b".")
                 sys.stdin.read()
                 os._exit(0)
+            os.read(begun, 1)  # until then it has what it inherits
 
     store, recovered = MetadataStore.recover(sys.argv[1], progress=fork)
     assert len(recovered) == 3

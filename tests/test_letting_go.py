@@ -311,7 +311,7 @@ def test_a_store_of_many_small_logs_opens(db):
     n_open = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 20
     resource.setrlimit(resource.RLIMIT_NOFILE, (n_open + 30, hard))
     try:
-        found = read(db)
+        found = read(db, threads=2)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert found == {key: (key, b"") for key in range(1, 101)}

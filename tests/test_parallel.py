@@ -51,7 +51,7 @@ def test_items_are_drawn_no_further_than_memory_allows(
 def test_the_caller_does_what_the_others_are_too_busy_for() -> None:
     """The only other thread waits until the caller has done an item itself."""
     caller = threading.get_ident()
-    helped = threading.Event()
+    helped, begun = threading.Event(), threading.Event()
     by_caller = []
 
     def work(item: int) -> int:
@@ -59,10 +59,16 @@ def test_the_caller_does_what_the_others_are_too_busy_for() -> None:
             by_caller.append(item)
             helped.set()
         else:
+            begun.set()
             assert helped.wait(_SECONDS_MAX)
         return item
 
-    assert list(ordered_map(work, range(20), 2, caller_works=True)) == list(range(20))
+    def items():
+        yield 0
+        assert begun.wait(_SECONDS_MAX)
+        yield from range(1, 20)
+
+    assert list(ordered_map(work, items(), 2, caller_works=True)) == list(range(20))
     assert by_caller[0] == 1  # the first that nobody had begun
 
 
@@ -75,16 +81,22 @@ def test_the_caller_leaves_the_work_to_others_unless_it_is_asked() -> None:
 def test_an_error_of_the_caller_waits_for_its_turn() -> None:
     """The first item that fails is told, whoever came upon another one sooner."""
     caller = threading.get_ident()
-    helped = threading.Event()
+    helped, begun = threading.Event(), threading.Event()
+
+    def items():
+        yield 0
+        assert begun.wait(_SECONDS_MAX)
+        yield from range(1, 20)
 
     def work(item: int) -> int:
         if threading.get_ident() == caller:
             helped.set()
             raise LookupError(f"item {item}, in the caller")
+        begun.set()
         assert helped.wait(_SECONDS_MAX)
         raise ValueError(f"item {item}, in the other thread")
 
-    found = ordered_map(work, range(20), 2, caller_works=True)
+    found = ordered_map(work, items(), 2, caller_works=True)
     with pytest.raises(ValueError, match="item 0, in the other thread"):
         next(found)
 

@@ -84,9 +84,9 @@ def one_round(path: Path, rng: random.Random) -> int:
     wanted = rng.randrange(1, 120)
     lines = [process.stdout.readline() for _ in range(wanted)]
     process.kill()
-    output, errors = process.communicate(timeout=60)
+    lines += process.stdout  # not communicate(): it loses what readline() has buffered
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL, errors
-    lines += output.splitlines(keepends=True)
     acknowledged = [
         tuple(map(int, line.split())) for line in lines if line.endswith("\n")
     ]
@@ -318,7 +318,7 @@ for number in range(60):
         thread.start()
     for key in range(40):
         try:
-            insert_interrupted(store, key, rng.uniform(1e-5, 1e-3))
+            insert_interrupted(store, key, 10 ** rng.uniform(-5, -3))
             committed.append(key)
         except Interrupt:
             interrupts += 1
@@ -326,7 +326,7 @@ for number in range(60):
             break
     stop.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(30)
         if thread.is_alive():
             sys.exit(f"another thread hangs, round {number}")
     try:

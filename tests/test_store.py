@@ -281,6 +281,9 @@ def test_a_log_rotates_when_it_passes_log_size_bytes_min(db, recover):
     while store.stats().n_rotations < 5:  # once a compaction, however long it takes
         batches.append([(len(batches), (len(batches) + 1, bytes(5_000)))])
         store.insert_batch(batches[-1])
+        store._engine._compactor.wait_idle()
+    batches.append([(len(batches), (1, b"in the active log"))])
+    store.insert_batch(batches[-1])
     store.shutdown()
     assert int(logs(db)[-1].name[-16:], 16) >= 5
     assert read(db) == states(batches)[-1]

@@ -126,7 +126,7 @@ def test_commits_go_on_during_compactions(db, recover):
             return 0
         i = 0
         while not done.is_set() or i < 10:
-            store.insert_batch([(100_000 * thread + i, (i + 1, b"during"))])
+            store.insert_batch([((thread << 32) + i, (i + 1, b"during"))])
             i += 1
         return i
 
@@ -135,7 +135,7 @@ def test_commits_go_on_during_compactions(db, recover):
     _, recovered = recover()
     assert len(recovered) == len(keys) + sum(counts)
     for thread, count in enumerate(counts, start=1):
-        found = [recovered.get(100_000 * thread + i) for i in range(count)]
+        found = [recovered.get((thread << 32) + i) for i in range(count)]
         assert found == [(i + 1, b"during") for i in range(count)]
 
 
@@ -279,7 +279,19 @@ def test_threads_share_syncs(recover):
         for i in range(100):
             store.insert_batch([(1000 * thread + i, (1, b""))])
 
-    in_threads(8, work)
+    threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(8)]
+    commits = store._engine._commits
+
+    def queue() -> None:
+        for thread in threads:
+            thread.start()
+        while commits.n_waiting < len(threads):
+            pass
+
+    commits.exclusively(queue)  # the first batch of each is in one group
+    for thread in threads:
+        thread.join(TIMEOUT_SECONDS)
+        assert not thread.is_alive()
     after = store.stats()
     assert after.n_batches - before.n_batches == 800
     print(f"{after.n_syncs - before.n_syncs} syncs for 800 batches")
