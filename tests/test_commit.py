@@ -14,7 +14,7 @@ import pytest
 
 from metastore._commit import GroupCommit, Tail
 from metastore.frames import encode_batch
-from verbs import together
+from verbs import start_waiting, together
 
 TIMEOUT_SECONDS = 60
 
@@ -110,10 +110,7 @@ def test_who_keeps_the_gil_delays_no_write(tmp_path: Path) -> None:
     interval = sys.getswitchinterval()
 
     def queue() -> None:
-        for thread in threads:
-            thread.start()
-        while commits.n_waiting < len(threads):
-            pass
+        start_waiting(commits, threads)
         sys.setswitchinterval(1000)
 
     try:
@@ -164,14 +161,7 @@ def test_more_wait_than_one_call_may_write() -> None:
         threads = [
             threading.Thread(target=commit, daemon=True) for _ in range(n_threads)
         ]
-
-        def start() -> None:
-            for thread in threads:
-                thread.start()
-            while commits.n_waiting < n_threads:
-                pass
-
-        commits.exclusively(start)
+        commits.exclusively(lambda: start_waiting(commits, threads))
         for thread in threads:
             thread.join(TIMEOUT_SECONDS)
     finally:

@@ -22,7 +22,17 @@ from metastore import (
 )
 from metastore import engine as engine_module
 from metastore.directory import Directory
-from verbs import content, logs, numbered, read, run, states, together, write
+from verbs import (
+    content,
+    join_compactors,
+    logs,
+    numbered,
+    read,
+    run,
+    states,
+    together,
+    write,
+)
 
 _SECONDS_MAX = 30
 
@@ -242,9 +252,7 @@ def test_an_interrupt_when_all_is_opened_gives_the_lock_up(db):
             store.shutdown()
         if not where:
             break
-        for thread in threading.enumerate():
-            if thread.name == "metastore-compactor":
-                thread.join(_SECONDS_MAX)
+        join_compactors()
         assert threading.active_count() == before, where
         assert read(db) == {}, where
     assert at > 50

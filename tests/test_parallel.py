@@ -20,6 +20,13 @@ from metastore.parallel import map_at_once, ordered_map
 _SECONDS_MAX = 30
 
 
+def _begun_first(begun: threading.Event) -> Iterator[int]:
+    """Twenty items; the first has been begun before there are others."""
+    yield 0
+    assert begun.wait(_SECONDS_MAX)
+    yield from range(1, 20)
+
+
 @pytest.mark.parametrize("caller_works", [False, True])
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_results_come_in_the_order_of_the_items(
@@ -63,12 +70,8 @@ def test_the_caller_does_what_the_others_are_too_busy_for() -> None:
             assert helped.wait(_SECONDS_MAX)
         return item
 
-    def items():
-        yield 0
-        assert begun.wait(_SECONDS_MAX)
-        yield from range(1, 20)
-
-    assert list(ordered_map(work, items(), 2, caller_works=True)) == list(range(20))
+    done = ordered_map(work, _begun_first(begun), 2, caller_works=True)
+    assert list(done) == list(range(20))
     assert by_caller[0] == 1  # the first that nobody had begun
 
 
@@ -83,11 +86,6 @@ def test_an_error_of_the_caller_waits_for_its_turn() -> None:
     caller = threading.get_ident()
     helped, begun = threading.Event(), threading.Event()
 
-    def items():
-        yield 0
-        assert begun.wait(_SECONDS_MAX)
-        yield from range(1, 20)
-
     def work(item: int) -> int:
         if threading.get_ident() == caller:
             helped.set()
@@ -96,7 +94,7 @@ def test_an_error_of_the_caller_waits_for_its_turn() -> None:
         assert helped.wait(_SECONDS_MAX)
         raise ValueError(f"item {item}, in the other thread")
 
-    found = ordered_map(work, items(), 2, caller_works=True)
+    found = ordered_map(work, _begun_first(begun), 2, caller_works=True)
     with pytest.raises(ValueError, match="item 0, in the other thread"):
         next(found)
 

@@ -10,7 +10,7 @@ import pytest
 
 from metastore import MetadataStore
 from metastore.errors import StoreClosedError
-from verbs import State, content, read
+from verbs import State, content, read, start_waiting
 
 TIMEOUT_SECONDS = 60
 
@@ -281,14 +281,8 @@ def test_threads_share_syncs(recover):
 
     threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(8)]
     commits = store._engine._commits
-
-    def queue() -> None:
-        for thread in threads:
-            thread.start()
-        while commits.n_waiting < len(threads):
-            pass
-
-    commits.exclusively(queue)  # the first batch of each is in one group
+    # The first batch of each is in one group.
+    commits.exclusively(lambda: start_waiting(commits, threads))
     for thread in threads:
         thread.join(TIMEOUT_SECONDS)
         assert not thread.is_alive()

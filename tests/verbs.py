@@ -21,6 +21,7 @@ import numpy as np
 import oracle
 from disk import Disk, Image
 from metastore import MetadataStore, Recovered
+from metastore._commit import GroupCommit
 from metastore.columns import Columns
 from simulated import SimulatedDirectory
 
@@ -316,3 +317,18 @@ def together(*steps: Callable[[], object]) -> None:
     for thread in threads:
         thread.join(60)  # only a test that fails waits so long
         assert not thread.is_alive()
+
+
+def start_waiting(commits: GroupCommit, threads: Sequence[threading.Thread]) -> None:
+    """Start threads that commit; return when all wait for the lead, held meanwhile."""
+    for thread in threads:
+        thread.start()
+    while commits.n_waiting < len(threads):
+        pass
+
+
+def join_compactors() -> None:
+    """Let the threads of stores that were given up come to their end."""
+    for thread in threading.enumerate():
+        if thread.name == "metastore-compactor":
+            thread.join(60)  # only a test that fails waits so long
